@@ -1,0 +1,259 @@
+"""The launch scripts, run for real: in a copy of the checkout, with stubs in the place of Python.
+
+The stub Python keeps a log of what it is asked to do and does nothing but make the files that the
+real one would, so that no test installs anything.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "mkdir", "rm")
+
+STUB_PYTHON = r"""#!/usr/bin/env bash
+case "$*" in
+  "-c import sys; sys.exit("*) exit "${STUB_TOO_OLD:-0}" ;;
+  "-c import ensurepip, venv") exit "${STUB_NO_VENV:-0}" ;;
+  "-c import sys; print("*) echo python3.11-venv; exit ;;
+  "-m pip --version") exit "${STUB_NO_PIP:-0}" ;;
+esac
+printf '%s' "${0##*/}" >>"$STUB_LOG"
+printf ' [%s]' "$@" >>"$STUB_LOG"
+printf '\n' >>"$STUB_LOG"
+case "$1 $2" in
+  "-m venv")
+    mkdir -p "$3/bin"
+    cp "$0" "$3/bin/python"
+    cp "$0" "$3/bin/dmd-jax" ;;
+  "-m pip") exit "${STUB_PIP_FAILS:-0}" ;;
+  "-m pytest" | "quickstart --workdir") exit "${STUB_RUN_FAILS:-0}" ;;
+esac
+"""
+
+
+class Checkout:
+    """A copy of what the scripts read, and a PATH with only stubs and a few plain tools."""
+
+    def __init__(self, folder: Path):
+        self.root = folder / "a checkout"  # a space, as paths of people have
+        self.tools, self.log = folder / "bin", folder / "log"
+        for path in (self.root / "tests", self.tools):
+            path.mkdir(parents=True)
+        shutil.copytree(ROOT / "launch", self.root / "launch")
+        for name in ("setup.py", "requirements.txt", "tests/requirements-torch.txt"):
+            shutil.copy(ROOT / name, self.root / name)
+        for tool in TOOLS:
+            (self.tools / tool).symlink_to(shutil.which(tool))
+
+    def add_python(self, name: str = "python3.11", folder: Path | None = None) -> None:
+        path = (folder or self.tools) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(STUB_PYTHON)
+        path.chmod(0o755)
+
+    def run(self, script: str, *arguments: str, cwd: Path | None = None, **environment: str):
+        environment = {
+            "PATH": str(self.tools),
+            "STUB_LOG": str(self.log),
+            **environment,
+        }
+        return subprocess.run(
+            [str(self.tools / "bash"), str(self.root / "launch" / script), *arguments],
+            cwd=cwd or self.root.parent,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def calls(self) -> list[str]:
+        """What was asked of the Pythons since the last look."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return [line.replace(str(self.root), "ROOT") for line in lines]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return Checkout(tmp_path)
+
+
+BASE = "[-m] [pip] [install] [-qq] [--requirement] [ROOT/requirements.txt]"
+EDITABLE = "[-m] [pip] [install] [-qq] [--no-deps] [--no-build-isolation] [--editable] [ROOT]"
+
+
+@pytest.mark.parametrize("script", ["launch/common.sh", "launch/quickstart.sh", "launch/test.sh"])
+def test_bash_parses_the_script(script):
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+@pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/test.sh", ".ci/run"])
+def test_script_is_executable(script):
+    assert os.access(ROOT / script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_no_python_at_all(checkout, script):
+    result = checkout.run(script)
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"{script}: error: found no Python 3.11 or newer among python3.11, python3.12, python3.13 "
+        "and python3; on Debian and Ubuntu: apt-get install python3.11 python3.11-venv\n"
+    )
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_only_an_old_python(checkout):
+    checkout.add_python("python3")
+    result = checkout.run("quickstart.sh", STUB_TOO_OLD="1")
+    assert result.returncode == 1
+    assert "found no Python 3.11 or newer" in result.stderr
+    assert checkout.calls() == []
+
+
+def test_python_without_the_venv_module(checkout):
+    checkout.add_python("python3")
+    result = checkout.run("quickstart.sh", STUB_NO_VENV="1")
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"quickstart.sh: error: {checkout.tools}/python3 has no venv module, which makes virtual "
+        "environments; on Debian and Ubuntu: apt-get install python3.11-venv\n"
+    )
+    assert checkout.calls() == []
+
+
+def test_another_python_is_taken_where_the_first_has_no_venv_module(checkout):
+    checkout.add_python("python3.12")
+    broken = checkout.tools / "python3.11"
+    broken.write_text('#!/usr/bin/env bash\n[[ "$*" != *ensurepip* ]]\n')
+    broken.chmod(0o755)
+    assert checkout.run("test.sh").returncode == 0
+    assert checkout.calls()[0] == "python3.12 [-m] [venv] [ROOT/.venv]"
+
+
+def test_the_pythons_are_tried_in_the_order_of_the_pins(checkout):
+    for name in ("python3", "python3.13", "python3.11", "python3.12"):
+        checkout.add_python(name)
+    checkout.run("test.sh")
+    assert checkout.calls()[0] == "python3.11 [-m] [venv] [ROOT/.venv]"
+
+
+def test_quickstart_from_nothing_and_again(checkout, tmp_path):
+    checkout.add_python()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    result = checkout.run("quickstart.sh", "--seed", "a b", cwd=elsewhere)
+    assert result.returncode == 0, result.stderr
+    start = "dmd-jax [quickstart] [--workdir] [ROOT/runs/quickstart]"
+    assert checkout.calls() == [
+        "python3.11 [-m] [venv] [ROOT/.venv]",
+        f"python {BASE}",
+        f"python {EDITABLE}",
+        f"{start} [--seed] [a b]",
+    ]
+    assert list(elsewhere.iterdir()) == []
+    result = checkout.run("quickstart.sh")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert checkout.calls() == [start]
+
+
+@pytest.mark.parametrize("changed", ["requirements.txt", "setup.py"])
+def test_changed_pins_are_installed_once(checkout, changed):
+    checkout.add_python()
+    checkout.run("test.sh")
+    checkout.calls()
+    with (checkout.root / changed).open("a") as file:
+        file.write("# one more\n")
+    checkout.run("test.sh")
+    assert checkout.calls() == [f"python {BASE}", f"python {EDITABLE}", "python [-m] [pytest]"]
+    checkout.run("test.sh")
+    assert checkout.calls() == ["python [-m] [pytest]"]
+
+
+def test_a_moved_checkout_is_installed_again(checkout):
+    environment = checkout.root.parent / "environment"
+    for name in ("python", "dmd-jax"):
+        checkout.add_python(name, environment / "bin")
+    checkout.run("test.sh", VIRTUAL_ENV=str(environment))
+    checkout.calls()
+    checkout.root = checkout.root.rename(checkout.root.with_name("moved"))
+    checkout.run("test.sh", VIRTUAL_ENV=str(environment))
+    assert checkout.calls()[1] == f"python {EDITABLE}"
+
+
+def test_torch_is_installed_and_its_tests_are_added_only_when_asked_for(checkout):
+    checkout.add_python()
+    checkout.run("test.sh", "-x", "--with-torch", "tests/data")
+    assert checkout.calls()[1:] == [
+        f"python {BASE} [--requirement] [ROOT/tests/requirements-torch.txt]",
+        f"python {EDITABLE}",
+        "python [-m] [pytest] [-m] [] [-x] [tests/data]",
+    ]
+    checkout.run("test.sh", "-x")
+    assert checkout.calls()[-1] == "python [-m] [pytest] [-x]"
+
+
+def test_an_active_environment_is_used(checkout, tmp_path):
+    environment = tmp_path / "active"
+    for name in ("python", "dmd-jax"):
+        checkout.add_python(name, environment / "bin")
+    result = checkout.run("quickstart.sh", VIRTUAL_ENV=str(environment))
+    assert result.returncode == 0, result.stderr
+    assert checkout.calls()[0] == f"python {BASE}"
+    assert not (checkout.root / ".venv").exists()
+
+
+@pytest.mark.parametrize("too_old", ["0", "1"])
+def test_an_active_environment_without_a_recent_python(checkout, tmp_path, too_old):
+    environment = tmp_path / "active"
+    if too_old == "1":
+        checkout.add_python("python", environment / "bin")
+    result = checkout.run("test.sh", VIRTUAL_ENV=str(environment), STUB_TOO_OLD=too_old)
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"test.sh: error: {environment}/bin/python is no working Python 3.11 or newer: deactivate "
+        f"{environment} if it is the active environment, else remove it, and try again\n"
+    )
+
+
+def test_an_environment_whose_python_is_gone_is_left_alone(checkout):
+    checkout.add_python()
+    (checkout.root / ".venv" / "bin").mkdir(parents=True)
+    (checkout.root / ".venv" / "bin" / "python").symlink_to("/no/such/python")
+    result = checkout.run("test.sh")
+    assert result.returncode == 1
+    assert ".venv/bin/python is no working Python 3.11 or newer" in result.stderr
+    assert checkout.calls() == []
+
+
+def test_pip_is_added_where_the_environment_has_none(checkout):
+    checkout.add_python()
+    checkout.run("test.sh", STUB_NO_PIP="1")
+    assert checkout.calls()[1:3] == ["python [-m] [ensurepip]", f"python {BASE}"]
+
+
+def test_a_failed_installation_ends_it_and_is_tried_again(checkout):
+    checkout.add_python()
+    result = checkout.run("quickstart.sh", STUB_PIP_FAILS="7")
+    assert result.returncode == 7
+    assert checkout.calls()[1:] == [f"python {BASE}"]
+    assert checkout.run("quickstart.sh").returncode == 0
+    assert checkout.calls()[:2] == [f"python {BASE}", f"python {EDITABLE}"]
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_exit_code_of_the_command_is_that_of_the_script(checkout, script):
+    checkout.add_python()
+    assert checkout.run(script, STUB_RUN_FAILS="5").returncode == 5
+
+
+def test_ci_runs_all_tests(checkout):
+    shutil.copytree(ROOT / ".ci", checkout.root / ".ci")
+    checkout.add_python()
+    checkout.run("../.ci/run", CI="true")
+    assert checkout.calls()[-1] == "python [-m] [pytest] [-m] []"
