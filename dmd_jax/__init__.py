@@ -1,0 +1,37 @@
+"""Distribution Matching Distillation in JAX: the parts for people who bring their own networks.
+
+A denoiser is any function `denoise(params, x_t, level, cond) -> x0`. Source: arXiv 2311.18828.
+"""
+
+from dmd_jax.losses import (
+    denoising_loss,
+    distribution_matching_gradient,
+    distribution_matching_loss,
+    edm_weight,
+    regression_loss,
+    snr_weight,
+)
+from dmd_jax.objective import Draws, draw, fake_score_loss, generator_loss, one_architecture
+from dmd_jax.samplers import euler, heun, one_step
+from dmd_jax.schedules import NoiseLevel, NoiseSchedule, forward_diffusion, score
+
+__all__ = [
+    "Draws",
+    "NoiseLevel",
+    "NoiseSchedule",
+    "denoising_loss",
+    "distribution_matching_gradient",
+    "distribution_matching_loss",
+    "draw",
+    "edm_weight",
+    "euler",
+    "fake_score_loss",
+    "forward_diffusion",
+    "generator_loss",
+    "heun",
+    "one_architecture",
+    "one_step",
+    "regression_loss",
+    "score",
+    "snr_weight",
+]

@@ -1,0 +1,20 @@
+"""The exceptions that a command turns into one line and an exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Bad input. A command prints the message as one line and exits with code 2.
+
+    The message says what is wrong, where (path, key, argument), and what was expected.
+    """
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal, and its state is in a checkpoint."""
+
+    def __init__(self, step: int, signal_number: int, workdir: Path):
+        super().__init__(f"stopped at step {step}; go on with --workdir {workdir}")
+        self.signal_number = signal_number

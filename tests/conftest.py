@@ -1,0 +1,41 @@
+"""Settings that every test shares; they must be in the environment before JAX starts."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Compiled programs are kept between runs and shared with the commands that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def golden():
+    """Reads a reference array file of tests/golden by its stem."""
+
+    def load(stem: str):
+        with np.load(ROOT / "tests" / "golden" / f"{stem}.npz", allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny teacher and its pairs: paths as --config arguments, made once for all tests."""
+    from commands import TINY, succeeds
+
+    folder = tmp_path_factory.mktemp("tiny")
+    succeeds("teacher", "--config", TINY, "--workdir", folder / "teacher")
+    weights = f"--config.teacher.weights={folder / 'teacher' / 'weights'}"
+    succeeds("pairs", "--config", TINY, weights, "--workdir", folder / "pairs")
+    return ["--config", TINY, weights, f"--config.pairs.folder={folder / 'pairs'}"]
