@@ -1,0 +1,91 @@
+"""Networks by name: `build_denoiser` turns a configuration's mapping into a denoiser."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dmd_jax.errors import UserError
+from dmd_jax.models.denoisers import Denoiser, edm_denoiser
+from dmd_jax.models.mixture import GaussianMixture, mixture_denoise
+from dmd_jax.models.mlp import MLP
+from dmd_jax.models.songunet import SongUNet
+
+__all__ = ["Denoiser", "build_denoiser", "edm_denoiser"]
+
+_NETWORKS = {"songunet": SongUNet, "mlp": MLP, "gaussian_mixture": GaussianMixture}
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def build_denoiser(network: Mapping[str, Any], *, dtype: str = "float32") -> Denoiser:
+    """The denoiser that `network` describes.
+
+    Args:
+      network: JSON-able: "name" ("songunet", "mlp" or "gaussian_mixture") and that network's
+        options, which are the fields of SongUNet, MLP or GaussianMixture; the two trained ones
+        also take "sigma_data" (0.5).
+      dtype: "float32" or "bfloat16", what a trained network computes in. Parameters, inputs and
+        outputs are float32 in both.
+
+    Returns:
+      A Denoiser. A trained network's `denoise` also takes the keyword `dropout_key`, which turns
+      dropout on.
+
+    Raises:
+      UserError: an unknown name, option or dtype, a missing option, or a bad value.
+    """
+    options = dict(network)
+    name = options.pop("name", None)
+    if name not in _NETWORKS:
+        raise UserError(f"network name is {name!r}; expected one of {', '.join(_NETWORKS)}")
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    trained = issubclass(_NETWORKS[name], nn.Module)
+    sigma_data = options.pop("sigma_data", 0.5) if trained else None
+    _check_options(name, options, also=("sigma_data",) if trained else ())
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    if not trained:
+        mixture = GaussianMixture(**options)
+        return Denoiser(mixture.init, mixture_denoise, mixture.sample_shape, num_classes=0)
+
+    module = _NETWORKS[name](**options, dtype=_DTYPES[dtype])
+
+    def apply(params, x, c_noise, labels, *, dropout_key=None):
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        return module.apply(
+            {"params": params}, x, c_noise, labels, deterministic=dropout_key is None, rngs=rngs
+        )
+
+    @jax.jit  # the forward pass that Linen's init makes is then never run
+    def init(key):
+        labels = jnp.zeros((1, module.label_dim)) if module.label_dim else None
+        return module.init(key, jnp.zeros((1, *module.sample_shape)), jnp.zeros(1), labels)[
+            "params"
+        ]
+
+    denoise = edm_denoiser(apply, sigma_data=sigma_data, label_dim=module.label_dim)
+    return Denoiser(init, denoise, module.sample_shape, module.label_dim)
+
+
+def _check_options(name: str, options: Mapping[str, Any], *, also: tuple[str, ...]) -> None:
+    fields = {f.name: f for f in dataclasses.fields(_NETWORKS[name]) if f.init}
+    for internal in ("parent", "name", "dtype"):
+        fields.pop(internal, None)
+    unknown = [key for key in options if key not in fields]
+    if unknown:
+        raise UserError(
+            f"network {name} has no option {', '.join(map(repr, unknown))}; "
+            f"expected some of {', '.join((*fields, *also))}"
+        )
+    required = [k for k, f in fields.items() if f.default is dataclasses.MISSING]
+    missing = [key for key in required if key not in options]
+    if missing:
+        raise UserError(
+            f"network {name} lacks the option {', '.join(missing)}; "
+            f"expected at least {', '.join(required)}"
+        )
