@@ -1,0 +1,1 @@
+"""What the training reads: images, noise-image pairs, and the loader that batches either."""
