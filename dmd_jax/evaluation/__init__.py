@@ -1,0 +1,1 @@
+"""How good samples are: features of images, Fréchet distances, agreement with a classifier."""
