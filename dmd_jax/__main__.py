@@ -1,0 +1,7 @@
+"""`python -m dmd_jax`."""
+
+import sys
+
+from dmd_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,111 @@
+"""Arguments that several commands share, and what they set up."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from dmd_jax.config import resolve_config
+from dmd_jax.errors import UserError
+from dmd_jax.generation import SAMPLERS, ImageMaker
+from dmd_jax.weights import load_weights
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config, --workdir and the flags of a run on several processes."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE[:ARGUMENT]",
+        help="a Python file with get_config(); --config.KEY=VALUE overrides a value",
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        required=True,
+        type=Path,
+        help="where the run lives; given alone, the run there goes on",
+    )
+    add_process_arguments(parser)
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that join several processes to one run."""
+    group = parser.add_argument_group("several processes (each runs the same command)")
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, or 'auto' where the cluster tells (Cloud TPU, Slurm)",
+    )
+    group.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
+    group.add_argument("--process", metavar="I", type=int, help="which of them this is, from 0")
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Connects to the other processes if the flags say so.
+
+    Raises:
+      UserError: the flags are incomplete, or the coordinator cannot be reached.
+    """
+    if args.coordinator is None:
+        if args.processes is not None or args.process is not None:
+            raise UserError("--processes and --process need --coordinator HOST:PORT")
+        return
+    try:
+        if args.coordinator == "auto":
+            jax.distributed.initialize()
+        elif args.processes is None or args.process is None:
+            raise UserError(f"--coordinator {args.coordinator} needs --processes and --process")
+        else:
+            jax.distributed.initialize(args.coordinator, args.processes, args.process)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--coordinator {args.coordinator}: {error}") from error
+
+
+def run_config(args: argparse.Namespace, command: str) -> ConfigDict:
+    """The config of --config, --workdir and the overrides; joins the processes first."""
+    join_processes(args)
+    return resolve_config(
+        args.config,
+        args.overrides,
+        args.workdir,
+        command=command,
+        write=jax.process_index() == 0,
+    )
+
+
+def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
+    """Weights, and how to make images from them."""
+    parser.add_argument(
+        "--weights", type=Path, required=True, metavar="DIR", help="a weights folder or a workdir"
+    )
+    parser.add_argument("--sampler", choices=SAMPLERS, default="one-step")
+    parser.add_argument("--steps", type=int, default=18, metavar="N", help="of heun and euler")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="B")
+    for name, text in (
+        ("s-churn", "noise added along the way, 0 is deterministic"),
+        ("s-min", "lowest sigma with added noise"),
+        ("s-max", "highest sigma with added noise"),
+        ("s-noise", "factor on the added noise"),
+    ):
+        parser.add_argument(f"--{name}", type=float, metavar="X", help=f"heun and euler: {text}")
+
+
+def make_images(args: argparse.Namespace) -> tuple[ImageMaker, str]:
+    """The image maker that the shared arguments ask for, and the weights' description."""
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}; expected at least 1")
+    names = ("s_churn", "s_min", "s_max", "s_noise")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    weights = load_weights(args.weights)
+    maker = ImageMaker(
+        weights,
+        sampler=args.sampler,
+        num_steps=args.steps,
+        batch_size=args.batch_size,
+        sampler_options=options,
+    )
+    return maker, weights.description

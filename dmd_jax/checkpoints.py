@@ -1,0 +1,229 @@
+"""Training checkpoints: Orbax behind one door.
+
+WORKDIR/checkpoints/STEP holds the state and the position in the data. Writing is asynchronous and
+atomic: a step's folder has its name only once it is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from dmd_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      folder: made if missing. keep: how many of the newest to keep.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 3):
+        self.folder = Path(folder).resolve()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            self._manager = _manager(self.folder, options)
+        except OSError as error:
+            raise UserError(f"checkpoint folder {folder} cannot be written: {error}") from error
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+        """Starts writing; the state may be donated as soon as this returns.
+
+        Args:
+          position: of the data iterator, JSON-able, the same on every process.
+
+        Raises:
+          UserError: this or the write before it failed, as on a full disk.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position)
+        )
+        self._guard(step, lambda: self._manager.save(step, args=items))
+
+    def wait(self) -> None:
+        """Returns when everything is written; raises a UserError if it was not."""
+        self._guard(None, self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits for what is being written and ends the writers."""
+        self._guard(None, self._manager.close)
+
+    def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest whole checkpoint on the shardings of `abstract`, whatever mesh wrote it.
+
+        A checkpoint that cannot be read is set aside as `broken-STEP` with a warning, and the one
+        before it is taken.
+
+        Args:
+          abstract: the state as ShapeDtypeStructs with shardings.
+
+        Returns:
+          (step, state, position), or None where there is no checkpoint.
+
+        Raises:
+          UserError: the checkpoint is of another architecture, or none can be read.
+        """
+        broken = []
+        for step in reversed(self.steps):
+            try:
+                found = self._manager.item_metadata(step).state.tree
+                check_same_architecture(found, abstract, self.folder / str(step))
+                items = ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        item=abstract,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                    ),
+                    position=ocp.args.JsonRestore(),
+                )
+                restored = self._manager.restore(step, args=items)
+            except UserError:
+                raise
+            except Exception as error:  # Orbax and TensorStore raise many kinds for torn files.
+                log.warning(
+                    "checkpoint %s is not whole (%s); falling back to the one before it",
+                    self.folder / str(step),
+                    first_line(error),
+                )
+                broken.append(step)
+                continue
+            self._set_aside(broken)
+            return step, restored.state, restored.position
+        if broken:
+            raise UserError(
+                f"no whole checkpoint in {self.folder}: steps {broken} cannot be read; "
+                "expected one, or an empty folder to start anew"
+            )
+        return None
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Renames, so that the run can write these steps again and nothing is lost."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                target = self.folder / f"broken-{step}"
+                number = 1
+                while target.exists():
+                    number += 1
+                    target = self.folder / f"broken-{step}-{number}"
+                (self.folder / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("set aside broken checkpoints")
+        self._manager.reload()
+
+    def _guard(self, step: int | None, action) -> None:
+        try:
+            action()
+        except Exception as error:  # Asynchronous writers raise what their threads met.
+            what = "a checkpoint" if step is None else f"checkpoint {step}"
+            kept = [kept for kept in self.steps if kept != step]
+            last = f"the last whole one is step {kept[-1]}" if kept else "there is no earlier one"
+            raise UserError(
+                f"{what} could not be written under {self.folder} ({first_line(error)}); {last}"
+            ) from error
+
+
+def restore_subtree(folder: Path, names: Sequence[str]) -> tuple[int, str, Any] | None:
+    """The first of `names` ("ema", "generator/params", …) in the newest whole checkpoint.
+
+    Returns:
+      (step, name, params as NumPy arrays), or None where there is no checkpoint with such a part.
+    """
+    folder = Path(folder).resolve()
+    options = ocp.CheckpointManagerOptions(save_interval_steps=0, create=False, read_only=True)
+    with _manager(folder, options) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                tree = manager.item_metadata(step).state.tree
+                name = next((name for name in names if _descend(tree, name)), None)
+                if name is None:
+                    return None
+                wanted = _nest(name, _descend(tree, name))
+                args = ocp.args.PyTreeRestore(
+                    item=wanted,
+                    restore_args=jax.tree.map(
+                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+                    ),
+                    partial_restore=True,
+                )
+                state = manager.restore(step, args=ocp.args.Composite(state=args)).state
+            except Exception as error:  # As in Checkpoints.restore.
+                log.warning(
+                    "checkpoint %s is not whole (%s); trying the one before it",
+                    folder / str(step),
+                    first_line(error),
+                )
+                continue
+            return step, name, _descend(state, name)
+    return None
+
+
+def check_same_architecture(found: Any, expected: Any, where: Any) -> None:
+    """Raises a UserError that lists the leaves in which two trees of shapes differ."""
+    found, expected = _shapes(found), _shapes(expected)
+    lines = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"{name} is not expected" for name in sorted(found.keys() - expected.keys())]
+    lines += [
+        f"{name} is {found[name]}, expected {expected[name]}"
+        for name in sorted(found.keys() & expected.keys())
+        if found[name] != expected[name]
+    ]
+    if lines:
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise UserError(
+            f"{where} is of another architecture than the config: {'; '.join(lines[:3])}{more}"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """An exception as a short single line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(),
+        "position": ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: hasattr(node, "shape")
+    )[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _descend(tree: Any, name: str) -> Any:
+    for part in name.split("/"):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _nest(name: str, tree: Any) -> Any:
+    for part in reversed(name.split("/")):
+        tree = {part: tree}
+    return tree

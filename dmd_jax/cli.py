@@ -1,0 +1,85 @@
+"""`dmd-jax COMMAND …`, also `python -m dmd_jax COMMAND …`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from dmd_jax.errors import Stopped, UserError
+
+COMMANDS = {
+    "quickstart": "digits from end to end: pairs, distillation, evaluation and a report",
+    "teacher": "train an EDM teacher on your images",
+    "pairs": "write the teacher's noise-image pairs",
+    "train": "distil the teacher into a one-step generator",
+    "sample": "make images from weights",
+    "evaluate": "measure the Fréchet distance of a model's samples to real images",
+    "toy": "the two-mode mixture of the paper's Figure 3",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are UserErrors, so one line like all others."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0 success, 2 bad input, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # Orbax logs the tracebacks of what it raises as well; the command reports that in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    try:
+        dispatch(argv)
+    except UserError as error:
+        print(f"dmd-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(f"dmd-jax: {stopped}", file=sys.stderr)
+        return 130 if stopped.signal_number == signal.SIGINT else 0
+    except KeyboardInterrupt:
+        print("dmd-jax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def dispatch(argv: Sequence[str]) -> None:
+    """Runs a command in this process.
+
+    Raises:
+      UserError: bad input. Stopped: a signal asked a run to stop.
+    """
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}")
+    command = importlib.import_module(f"dmd_jax.{argv[0]}")
+    parser = Parser(prog=f"dmd-jax {argv[0]}", description=COMMANDS[argv[0]])
+    command.add_arguments(parser)
+    args, overrides = parser.parse_known_args(argv[1:])
+    if overrides and not hasattr(args, "config"):
+        raise UserError(f"unexpected argument {overrides[0]!r}; see {parser.prog} --help")
+    args.overrides = overrides
+    command.run(args)
+
+
+def usage() -> str:
+    """The commands, one line each."""
+    lines = [f"  {name:<11} {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        ["usage: dmd-jax COMMAND [--help] …", "", *lines, "", "dmd-jax COMMAND --help tells more."]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

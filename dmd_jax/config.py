@@ -1,0 +1,243 @@
+"""How a run is configured: a Python file, overrides on the command line, a copy in the workdir."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dmd_jax.errors import UserError
+
+# What may change when a run goes on; everything else would make it another run.
+MAY_CHANGE = (
+    "steps",
+    "teacher.steps",
+    "teacher.weights",
+    "pairs.folder",
+    "images",
+    "log_every",
+    "checkpoint_every",
+    "picture_every",
+    "keep_checkpoints",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+)
+
+
+def default_config() -> ConfigDict:
+    """Every key that a config has, with the paper's values for class-conditional CIFAR-10."""
+    config = ConfigDict()
+    config.seed = 0
+    # Options of models.build_denoiser: "name" and what that network takes.
+    config.network = ConfigDict()
+    # The type that networks compute in: float32 or bfloat16. Parameters and losses are float32.
+    config.compute_dtype = "float32"
+    # The noise schedule: edm or scaled_linear.
+    config.schedule = "edm"
+    # Real images: digits, a folder or zip of PNGs, an .npz, idx files, or tfds:NAME:SPLIT.
+    config.images = ""
+
+    # `dmd-jax teacher` trains one; the others read it from `weights`.
+    config.teacher = teacher = ConfigDict()
+    teacher.weights = ""  # a weights folder, or the workdir of a run
+    teacher.steps = 100_000
+    teacher.batch_size = 512
+    teacher.learning_rate = 1e-3
+    teacher.warmup_steps = 1000
+    teacher.weight_decay = 0.0
+    teacher.ema_decay = 0.9999
+    teacher.p_mean = -1.2  # ln(sigma) ~ N(p_mean, p_std^2)
+    teacher.p_std = 1.2
+
+    # `dmd-jax pairs` writes them; `train` reads them from `folder`.
+    config.pairs = pairs = ConfigDict()
+    pairs.folder = ""
+    pairs.count = 100_000
+    pairs.num_steps = 18  # of the Heun sampler, two evaluations each but the last
+    pairs.batch_size = 512
+    pairs.shard_size = 2048
+    pairs.seed = 1
+
+    # `dmd-jax train`: the distillation.
+    config.steps = 300_000
+    config.batch_size = 392  # matching loss and fake score
+    config.regression_batch_size = 392
+    config.learning_rate = 5e-5
+    config.fake_score_learning_rate = 5e-5
+    config.warmup_steps = 500
+    config.weight_decay = 0.01
+    config.beta1 = 0.9
+    config.beta2 = 0.999
+    config.clip_norm = 10.0
+    config.matching_weight = 1.0
+    config.regression_weight = 0.25
+    config.distance = "l2"  # of the regression
+    config.weighting = "normalized"  # or sigma_over_alpha, sigma3_over_alpha
+    config.alpha_factor = False  # Eq. 8's alpha_t, which Algorithm 2 leaves out
+    config.min_index = 20  # schedule bins of the matching loss, both included
+    config.max_index = 980
+    config.generator_every = 1  # the generator updates on each n-th step
+    config.accumulation = 1  # micro-batches of a step
+    config.ema_decay = 0.0  # of the generator; 0 keeps none
+
+    # Devices: one size may be -1 and takes what is left.
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.log_every = 100
+    config.picture_every = 5000
+    config.checkpoint_every = 5000
+    config.keep_checkpoints = 3
+    return config
+
+
+def shipped_config(name: str) -> Path:
+    """The file of configs/ in the checkout, or where an installation puts it.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    folders = (Path(__file__).parents[1] / "configs", Path(sys.prefix) / "share/dmd_jax/configs")
+    for folder in folders:
+        if (folder / f"{name}.py").is_file():
+            return folder / f"{name}.py"
+    raise UserError(f"no {name}.py in {' or '.join(map(str, folders))}; expected a whole install")
+
+
+def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
+    """Runs the file's get_config() and applies `--config.KEY=VALUE` overrides.
+
+    Raises:
+      UserError: the file is missing or fails, a key is unknown, or a value has the wrong type.
+    """
+    if not Path(path.split(":")[0]).is_file():
+        raise UserError(f"--config {path}: no such file; expected a Python file with get_config()")
+    try:
+        config = _parse(config_flags.DEFINE_config_file, f"--config={path}")
+    except Exception as error:  # The file is code and may raise anything.
+        raise UserError(f"--config {path}: {_one_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config {path}: get_config() gave {type(config)}; expected a ConfigDict")
+    return apply_overrides(config, overrides)
+
+
+def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """A copy of `config` with the values of `--config.KEY=VALUE` arguments.
+
+    Raises:
+      UserError: an argument of another form, an unknown key, or a value of the wrong type.
+    """
+    for override in overrides:
+        key, equals, _ = override.removeprefix("--config.").partition("=")
+        if not override.startswith("--config.") or not equals:
+            raise UserError(f"unexpected argument {override!r}; overrides are --config.KEY=VALUE")
+        known = _keys(config)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{override}: the config has no key {key}{hint}")
+    define = functools.partial(config_flags.DEFINE_config_dict, config=ConfigDict(config.to_dict()))
+    try:
+        return _parse(define, *overrides)
+    except flags.Error as error:
+        raise UserError(_one_line(error).removeprefix("IllegalFlagValueError: flag ")) from error
+
+
+def resolve_config(
+    path: str | None, overrides: Sequence[str], workdir: Path, *, command: str, write: bool
+) -> ConfigDict:
+    """The config of a run that writes to `workdir`, which keeps it in config.json.
+
+    A workdir that has one is gone on with: without `path` its config is taken as it is, with
+    overrides of what may change.
+
+    Args:
+      command: that the workdir belongs to. write: True on the process that writes config.json.
+
+    Raises:
+      UserError: no config anywhere, or one that would make another run of what is in the workdir.
+    """
+    saved_path = workdir / "config.json"
+    saved = _read_saved(saved_path, command) if saved_path.exists() else None
+    if path:
+        config = load_config(path, overrides)
+    elif saved is None:
+        raise UserError(f"{workdir} holds no run to go on with; expected --config FILE")
+    else:
+        config = apply_overrides(saved, overrides)
+    if saved is not None:
+        before, after = _flatten(saved.to_dict()), _flatten(config.to_dict())
+        changed = [
+            f"{key} is {before.get(key)!r} there, {after.get(key)!r} here"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key) and key not in MAY_CHANGE
+        ]
+        if changed:
+            raise UserError(
+                f"{workdir} holds a run with another config: {'; '.join(changed)}; "
+                "expected the same values, or another --workdir"
+            )
+    if write:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            temporary = workdir / "config.json.tmp"
+            content = {"command": command, "config": config.to_dict()}
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, saved_path)
+        except OSError as error:
+            raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
+    return config
+
+
+def _read_saved(path: Path, command: str) -> ConfigDict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        saved, written_by = content["config"], content["command"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
+    if written_by != command:
+        raise UserError(
+            f"{path.parent} is the workdir of `dmd-jax {written_by}`; expected one of {command}"
+        )
+    return ConfigDict(saved)
+
+
+def _parse(define, *arguments: str) -> ConfigDict:
+    argv = ["dmd-jax", *arguments]
+    values = flags.FlagValues()
+    define("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    return values.config
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """The dotted names of a config's entries, those of inner configs included."""
+    keys = []
+    for key, value in config.items():
+        keys.append(prefix + key)
+        if isinstance(value, ConfigDict):
+            keys += _keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            # JSON knows no tuples.
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,104 @@
+"""What a config says, as the objects that the commands work with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dmd_jax import losses
+from dmd_jax.errors import UserError
+from dmd_jax.schedules import NoiseLevel, NoiseSchedule
+from dmd_jax.sharding import infer_shardings, make_mesh
+from dmd_jax.weights import Weights, load_weights
+
+
+def schedule_of(config: ConfigDict) -> NoiseSchedule:
+    """The noise schedule by its name."""
+    schedules = {"edm": NoiseSchedule.edm, "scaled_linear": NoiseSchedule.scaled_linear}
+    return schedules[_one_of(config, "schedule", tuple(schedules))]()
+
+
+def fake_weight_of(config: ConfigDict) -> Callable[[NoiseLevel], jax.Array]:
+    """The denoising loss's weight that belongs to the schedule."""
+    return {"edm": losses.edm_weight, "scaled_linear": losses.snr_weight}[config.schedule]
+
+
+def mesh_of(config: ConfigDict) -> Mesh:
+    """All devices of all processes in the config's mesh."""
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def teacher_of(config: ConfigDict) -> Weights:
+    """The teacher's weights.
+
+    Raises:
+      UserError: none are named or readable, or they are of another network than the config's.
+    """
+    if not config.teacher.weights:
+        raise UserError(
+            "config.teacher.weights is empty; expected a weights folder or the workdir of "
+            "`dmd-jax teacher`"
+        )
+    weights = load_weights(config.teacher.weights)
+    check_same_network(weights.network, config.network.to_dict(), config.teacher.weights)
+    return weights
+
+
+def check_same_network(found: dict[str, Any], expected: dict[str, Any], where: Any) -> None:
+    """Raises a UserError that names the options in which two networks differ."""
+    found, expected = _jsonable(found), _jsonable(expected)
+    names = sorted(found.keys() | expected.keys())
+    different = [
+        f"{name} is {found.get(name)!r}, expected {expected.get(name)!r}"
+        for name in names
+        if found.get(name) != expected.get(name)
+    ]
+    if different:
+        raise UserError(
+            f"{where} is of another architecture than config.network: {'; '.join(different)}"
+        )
+
+
+def loss_options(config: ConfigDict) -> dict[str, Any]:
+    """The options of objective.generator_loss."""
+    _one_of(config, "weighting", losses.WEIGHTINGS)
+    _one_of(config, "distance", ("l2",))
+    return dict(
+        matching_weight=config.matching_weight,
+        regression_weight=config.regression_weight,
+        weighting=config.weighting,
+        alpha_factor=config.alpha_factor,
+    )
+
+
+def abstract_state(initialize: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+    """Shapes, then shardings: the state of `initialize(*args)` before any array is made."""
+    shapes = jax.eval_shape(initialize, *args)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        infer_shardings(shapes, mesh),
+    )
+
+
+def shardings_of(abstract: Any) -> Any:
+    """The shardings of a tree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> str:
+    if config[key] not in known:
+        raise UserError(f"config.{key} is {config[key]!r}; expected one of {', '.join(known)}")
+    return config[key]
+
+
+def _jsonable(options: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples, so lists stand for both."""
+    return {
+        key: list(value) if isinstance(value, (list, tuple)) else value
+        for key, value in options.items()
+    }

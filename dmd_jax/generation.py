@@ -1,0 +1,126 @@
+"""Images from weights in any number: latents and labels by index, batches over the devices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmd_jax import samplers
+from dmd_jax.errors import UserError
+from dmd_jax.schedules import NoiseSchedule
+from dmd_jax.sharding import batch_sharding, make_mesh, place, replicated
+from dmd_jax.state import Role, key_data, role_key
+from dmd_jax.weights import Weights, denoiser_of
+
+SAMPLERS = ("one-step", "heun", "euler")
+
+
+class ImageMaker:
+    """Makes images from weights on this process's devices, one compiled program for all.
+
+    Args:
+      sampler: one of SAMPLERS. num_steps: of heun and euler.
+      batch_size: images at a time; rounded up to a multiple of the devices.
+      sampler_options: s_churn and so on, for heun and euler.
+
+    Raises:
+      UserError: an unknown sampler, or options that it does not take.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        sampler: str,
+        num_steps: int = 18,
+        batch_size: int = 256,
+        dtype: str = "float32",
+        sampler_options: dict[str, float] | None = None,
+    ):
+        denoiser = denoiser_of(weights, dtype=dtype)
+        self.sample_shape, self.num_classes = denoiser.sample_shape, denoiser.num_classes
+        devices = jax.local_devices()
+        mesh = make_mesh(devices=devices)
+        self.batch_size = -(-batch_size // len(devices)) * len(devices)
+        self._batch_sharding = batch_sharding(mesh)
+        self._params = place(
+            weights.params, jax.tree.map(lambda _: replicated(mesh), weights.params)
+        )
+        function = _sampler(sampler, denoiser.denoise, num_steps, sampler_options or {})
+        self._sample = jax.jit(function, out_shardings=self._batch_sharding)
+
+    def __call__(
+        self, z: np.ndarray, labels: np.ndarray | None = None, *, seed: int = 0
+    ) -> np.ndarray:
+        """Images float32 [N, *sample_shape] from latents of that shape and labels [N].
+
+        Args:
+          seed: of the noise that a stochastic sampler adds.
+        """
+        return np.concatenate(list(self.batches(z, labels, seed=seed)))
+
+    def batches(
+        self, z: np.ndarray, labels: np.ndarray | None = None, *, seed: int = 0
+    ) -> Iterator[np.ndarray]:
+        """The same, batch by batch."""
+        for number, start in enumerate(range(0, len(z), self.batch_size)):
+            rows = slice(start, start + self.batch_size)
+            part = z[rows]
+            cond = None if self.num_classes == 0 else self._pad(labels[rows].astype(np.int32))
+            key = role_key(key_data(seed), number, Role.LATENTS)
+            yield np.asarray(self._sample(self._params, self._pad(part), cond, key))[: len(part)]
+
+    def _pad(self, rows: np.ndarray) -> jax.Array:
+        """To the full batch, by repeating the last row; one shape is one program."""
+        missing = self.batch_size - len(rows)
+        if missing:
+            rows = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])
+        return jax.device_put(rows, self._batch_sharding)
+
+
+def draw_latents(seed: int, start: int, stop: int, sample_shape: tuple[int, ...]) -> np.ndarray:
+    """z ~ N(0, I) for the images start..stop-1, float32; image i's is a function of (seed, i)."""
+    return np.asarray(_latents(key_data(seed), jnp.arange(start, stop), sample_shape))
+
+
+def draw_labels(seed: int, start: int, stop: int, num_classes: int) -> np.ndarray:
+    """Labels uniform over the classes for the images start..stop-1, int32, likewise; 0 if none."""
+    return np.asarray(_labels(key_data(seed), jnp.arange(start, stop), max(num_classes, 1)))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _latents(base, indices, sample_shape):
+    draw = lambda i: jax.random.normal(role_key(base, i, Role.LATENTS), sample_shape)  # noqa: E731
+    return jax.vmap(draw)(indices)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _labels(base, indices, num_classes):
+    draw = lambda i: jax.random.randint(role_key(base, i, Role.LABELS), (), 0, num_classes)  # noqa: E731
+    return jax.vmap(draw)(indices)
+
+
+def _sampler(
+    name: str, denoise, num_steps: int, options: dict[str, float]
+) -> Callable[[Any, jax.Array, Any, jax.Array], jax.Array]:
+    """(params, z, cond, key) -> images."""
+    if name == "one-step":
+        if options:
+            raise UserError(f"the one-step sampler takes no {', '.join(options)}")
+        schedule = NoiseSchedule.edm()
+        return lambda params, z, cond, key: samplers.one_step(
+            denoise, params, z, cond, schedule=schedule
+        )
+    if name not in SAMPLERS:
+        raise UserError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}")
+    if num_steps < 1:
+        raise UserError(f"{num_steps} sampling steps; expected at least 1")
+    function = {"heun": samplers.heun, "euler": samplers.euler}[name]
+    return lambda params, z, cond, key: function(
+        denoise, params, z, cond, num_steps=num_steps, key=key, **options
+    )

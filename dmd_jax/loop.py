@@ -1,0 +1,156 @@
+"""The training loop that every trainer shares: steps, logging, checkpoints, and clean stops."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dmd_jax.checkpoints import Checkpoints
+from dmd_jax.errors import Stopped, UserError
+from dmd_jax.metrics import MetricsWriter, Progress
+from dmd_jax.sharding import to_mesh
+
+
+def run(
+    *,
+    name: str,
+    workdir: Path,
+    abstract: Any,
+    initialize: Callable[[], Any],
+    advance: Callable[[Any, dict[str, jax.Array]], tuple[Any, dict[str, jax.Array]]],
+    batches: Iterator[dict[str, np.ndarray]],
+    mesh: Mesh,
+    total_steps: int,
+    images_per_step: int,
+    log_every: int,
+    checkpoint_every: int,
+    picture_every: int,
+    keep_checkpoints: int,
+    draw_pictures: Callable[[Any], dict[str, np.ndarray]],
+) -> Any:
+    """Trains to total_steps from the newest checkpoint, or from `initialize()`.
+
+    Args:
+      abstract: the state as ShapeDtypeStructs with shardings. advance: the jitted step.
+      batches: a Grain iterator of this process's rows; its position is in the checkpoints.
+      draw_pictures: state -> {name: uint8 [H, W, C]}.
+
+    Returns:
+      The final state, which is in a checkpoint as well.
+
+    Raises:
+      Stopped: on SIGTERM or SIGINT, after a checkpoint.
+      UserError: a loss is not finite (names the step), or something cannot be written or read.
+    """
+    first = jax.process_index() == 0
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=keep_checkpoints)
+    restored = checkpoints.restore(abstract)
+    if restored is None:
+        step, state = 0, initialize()
+    else:
+        step, state, position = restored
+        batches.set_state(position["batches"])
+        if first:
+            print(f"{name}: going on from step {step} in {workdir}", file=sys.stderr)
+    writer = MetricsWriter(workdir, step=step, enabled=first)
+    progress = Progress(name, total_steps, start=step, per_step=images_per_step, enabled=first)
+    pending: list[tuple[int, dict[str, jax.Array]]] = []
+
+    def save() -> None:
+        _check_finite(pending, checkpoints)
+        checkpoints.save(step, state, {"batches": batches.get_state()})
+
+    started_at = step
+    try:
+        with _stop_requests() as requested:
+            while step < total_steps:
+                batch = to_mesh(next(batches), mesh)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = advance(state, batch)
+                step += 1
+                pending.append((step, metrics))
+                if step == started_at + 1:
+                    jax.block_until_ready(metrics)
+                    progress.restart(step)
+                if step % log_every == 0 or step == total_steps:
+                    values = _check_finite(pending, checkpoints)
+                    pending.clear()
+                    progress.update(step, _note(values))
+                    writer.scalars(step, values | {"images_per_second": progress.rate})
+                if step % picture_every == 0 or step == total_steps:
+                    for picture, image in draw_pictures(state).items():
+                        writer.picture(step, picture, image)
+                if step % checkpoint_every == 0 and step < total_steps:
+                    save()
+                if number := requested(step):
+                    save()
+                    checkpoints.wait()
+                    raise Stopped(step, number, workdir)
+        save()
+        checkpoints.wait()
+    finally:
+        writer.close()
+        if sys.exc_info()[0] is None:
+            checkpoints.close()
+    return state
+
+
+def _check_finite(pending, checkpoints: Checkpoints) -> dict[str, float]:
+    """Fetches the steps' metrics; returns their means, or raises at the first bad loss."""
+    fetched = [(step, jax.device_get(metrics)) for step, metrics in pending]
+    for step, metrics in fetched:
+        for name, value in metrics.items():
+            if name.startswith(("loss", "grad_norm")) and not np.isfinite(value):
+                checkpoints.wait()
+                kept = checkpoints.steps
+                last = f"the last good checkpoint is step {kept[-1]}" if kept else "none was saved"
+                raise UserError(
+                    f"{name} is {value} at step {step}; expected a finite number; {last} "
+                    f"in {checkpoints.folder}"
+                )
+    names = fetched[-1][1].keys() if fetched else ()
+    return {name: float(np.mean([metrics[name] for _, metrics in fetched])) for name in names}
+
+
+def _note(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "loss" in name)
+
+
+@contextmanager
+def _stop_requests():
+    """Yields a function of the step: the number of the signal that asks to stop, or 0.
+
+    With several processes all must stop at one step, which JAX's preemption service agrees on for
+    SIGTERM.
+    """
+    if jax.process_count() > 1:
+        yield (
+            lambda step: (
+                signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+            )
+        )
+        return
+    received = []
+
+    def receive(number, frame):
+        if number in received:
+            raise KeyboardInterrupt  # asked twice: whoever asks does not want to wait
+        received.append(number)
+
+    previous = {
+        number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield lambda step: received[0] if received else 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,116 @@
+"""`dmd-jax teacher`: trains an EDM teacher on images."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from dmd_jax import loop, samplers, state
+from dmd_jax.arguments import add_run_arguments, run_config
+from dmd_jax.data.images import open_images
+from dmd_jax.data.loader import batches
+from dmd_jax.errors import UserError
+from dmd_jax.experiment import abstract_state, mesh_of, shardings_of
+from dmd_jax.models import build_denoiser
+from dmd_jax.pictures import grid, to_uint8
+from dmd_jax.sharding import batch_sharding, check_batch_size, replicated
+from dmd_jax.teacher_step import make_teacher_step, teacher_state
+from dmd_jax.weights import Weights, save_weights
+
+PREVIEW_COUNT = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    config = run_config(args, "teacher")
+    options = config.teacher
+    mesh = mesh_of(config)
+    check_batch_size(options.batch_size, mesh, name="config.teacher.batch_size")
+    denoiser = build_denoiser(config.network.to_dict(), dtype=config.compute_dtype)
+    images = open_images(config.images, resolution=denoiser.sample_shape[0])
+    if (images.sample_shape, images.num_classes) != (denoiser.sample_shape, denoiser.num_classes):
+        raise UserError(
+            f"config.images {config.images} has shape {images.sample_shape} and "
+            f"{images.num_classes} classes; config.network expects {denoiser.sample_shape} and "
+            f"{denoiser.num_classes}"
+        )
+    optimizer = state.adamw(
+        learning_rate=options.learning_rate,
+        warmup_steps=options.warmup_steps,
+        weight_decay=options.weight_decay,
+        clip_norm=config.clip_norm,
+    )
+
+    def initialize() -> state.TeacherState:
+        key = state.role_key(state.key_data(config.seed), 0, state.Role.INIT)
+        return teacher_state(denoiser.init(key), optimizer=optimizer, seed=config.seed)
+
+    abstract = abstract_state(initialize, mesh)
+    shardings = shardings_of(abstract)
+    step = make_teacher_step(
+        denoiser.denoise,
+        optimizer=optimizer,
+        learning_rate=state.warmup(options.learning_rate, options.warmup_steps),
+        conditional=denoiser.num_classes > 0,
+        p_mean=options.p_mean,
+        p_std=options.p_std,
+        ema_decay=options.ema_decay,
+    )
+    final = loop.run(
+        name="teacher",
+        workdir=args.workdir,
+        abstract=abstract,
+        initialize=jax.jit(initialize, out_shardings=shardings),
+        advance=jax.jit(
+            step,
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, replicated(mesh)),
+            donate_argnums=0,
+        ),
+        batches=batches(
+            images,
+            batch_size=options.batch_size,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        mesh=mesh,
+        total_steps=options.steps,
+        images_per_step=options.batch_size,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        picture_every=config.picture_every,
+        keep_checkpoints=config.keep_checkpoints,
+        draw_pictures=_preview(config, denoiser, shardings.ema, mesh),
+    )
+    params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(final.ema)
+    if jax.process_index() == 0:
+        network = config.network.to_dict()
+        description = f"EDM teacher of {config.images}, EMA after {options.steps} steps"
+        save_weights(
+            args.workdir / "weights", Weights(network, jax.device_get(params), description)
+        )
+
+
+def _preview(config, denoiser, shardings, mesh):
+    """Samples of the average, always from the same latents."""
+
+    @functools.partial(jax.jit, in_shardings=(shardings,), out_shardings=replicated(mesh))
+    def sample(params):
+        key = state.role_key(state.key_data(config.seed), 0, state.Role.PREVIEW)
+        z = jax.random.normal(key, (PREVIEW_COUNT, *denoiser.sample_shape))
+        classes = denoiser.num_classes
+        cond = jnp.arange(PREVIEW_COUNT) % classes if classes else None
+        return samplers.heun(denoiser.denoise, params, z, cond, num_steps=config.pairs.num_steps)
+
+    def draw(train_state: state.TeacherState):
+        images = jax.device_get(sample(train_state.ema))
+        return {"samples": grid(to_uint8(images), columns=10)}
+
+    return draw

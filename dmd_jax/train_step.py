@@ -1,0 +1,195 @@
+"""The one step of the method: Algorithm 1 as a pure function of the state, jitted and sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dmd_jax import objective
+from dmd_jax.objective import Networks
+from dmd_jax.schedules import NoiseLevel, NoiseSchedule
+from dmd_jax.sharding import batch_sharding, replicated
+from dmd_jax.state import ModelState, Role, TrainState, apply_gradients, role_key, update_ema
+from dmd_jax.types import Params
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Params, Params, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    networks: Networks,
+    *,
+    schedule: NoiseSchedule,
+    optimizer: optax.GradientTransformation,
+    fake_optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    batch_size: int,
+    sample_shape: tuple[int, ...],
+    num_classes: int,
+    min_index: int = 20,
+    max_index: int = 980,
+    fake_weight: Callable[[NoiseLevel], jax.Array] = objective.losses.edm_weight,
+    generator_every: int = 1,
+    accumulation: int = 1,
+    ema_decay: float = 0.0,
+    perceptual: Callable[[Params, jax.Array, jax.Array], jax.Array] | None = None,
+    loss_options: dict[str, Any] | None = None,
+) -> Step:
+    """Builds `train_step(state, teacher_params, perceptual_params, batch) -> (state, metrics)`.
+
+    Algorithm 1: x = G(z); G descends the matching loss plus the regression loss; the fake score
+    descends the denoising loss on the same x, so on samples of the generator before its update.
+
+    Args:
+      networks: the three roles' functions.
+      optimizer, fake_optimizer: of the generator and of the fake score.
+      learning_rate: the generator's schedule, for the metrics.
+      batch_size: B, the fresh latents of a step; `sample_shape` is one sample's, without B.
+      num_classes: fresh labels are uniform over them; 0 gives every network the condition None.
+      min_index, max_index: bins of the matching loss, both included.
+      fake_weight: level -> [B], the denoising loss's weight.
+      generator_every: the generator updates on each n-th step, the fake score on all.
+      accumulation: micro-batches of a step; they change the memory needed, not the result.
+      ema_decay: of the generator's average; 0 where the state has none.
+      perceptual: (perceptual_params, x, y) -> [B], the regression's distance; None is L2.
+      loss_options: further options of `objective.generator_loss`.
+
+    The step's batch holds "z_ref", "y_ref" [R, ...] and "label" int32 [R].
+    """
+    options = dict(loss_options or {})
+
+    def draw_all(state: TrainState, batch: Batch) -> dict[str, Any]:
+        """Everything that a step sees, for the whole batch: micro-batches are parts of it."""
+        shape = (batch_size, *sample_shape)
+        cond = jax.random.randint(
+            role_key(state.key, state.step, Role.LABELS), shape[:1], 0, max(num_classes, 1)
+        )
+        everything = {
+            "z": jax.random.normal(role_key(state.key, state.step, Role.LATENTS), shape),
+            "cond": cond if num_classes else None,
+            "z_ref": batch["z_ref"],
+            "y_ref": batch["y_ref"],
+            "cond_ref": batch["label"] if num_classes else None,
+            "matching": objective.draw(
+                role_key(state.key, state.step, Role.MATCHING),
+                shape,
+                schedule=schedule,
+                min_index=min_index,
+                max_index=max_index,
+            ),
+            "fake": objective.draw(
+                role_key(state.key, state.step, Role.FAKE_SCORE), shape, schedule=schedule
+            ),
+        }
+        return everything
+
+    def gradients(state: TrainState, teacher_params, perceptual_params, update, part):
+        """Both networks' gradients and metrics on one micro-batch."""
+        distance = None
+        if perceptual is not None:
+            distance = lambda x, y: perceptual(perceptual_params, x, y)  # noqa: E731
+
+        def of_generator(params):
+            (_, aux), grads = jax.value_and_grad(objective.generator_loss, has_aux=True)(
+                params,
+                part["matching"],
+                part,
+                networks=networks,
+                teacher_params=teacher_params,
+                fake_score_params=state.fake_score.params,
+                distance=distance,
+                **options,
+            )
+            return aux["x"], grads, aux["metrics"]
+
+        def samples_only(params):
+            shapes = jax.eval_shape(of_generator, params)[1:]
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            return networks.generate(params, part["z"], part["cond"]), *zeros
+
+        if generator_every == 1:
+            x, generator_grads, metrics = of_generator(state.generator.params)
+        else:
+            x, generator_grads, metrics = jax.lax.cond(
+                update, of_generator, samples_only, state.generator.params
+            )
+        fake_loss, fake_grads = jax.value_and_grad(objective.fake_score_loss)(
+            state.fake_score.params,
+            part["fake"],
+            {"x0": x, "cond": part["cond"]},
+            denoise=networks.fake_score,
+            weight=fake_weight,
+        )
+        return generator_grads, fake_grads, metrics | {"loss_fake_score": fake_loss}
+
+    def train_step(state, teacher_params, perceptual_params, batch):
+        update = state.step % generator_every == 0
+        everything = draw_all(state, batch)
+        generator_grads, fake_grads, metrics = accumulate(
+            lambda part: gradients(state, teacher_params, perceptual_params, update, part),
+            everything,
+            accumulation,
+        )
+        metrics["grad_norm_generator"] = optax.tree.norm(generator_grads)
+        metrics["grad_norm_fake_score"] = optax.tree.norm(fake_grads)
+        metrics["learning_rate"] = learning_rate(state.step // generator_every)
+
+        def updated(generator: ModelState, ema: Params | None):
+            generator = apply_gradients(generator, generator_grads, optimizer)
+            if ema is not None:
+                ema = update_ema(ema, generator.params, state.step // generator_every, ema_decay)
+            return generator, ema
+
+        if generator_every == 1:
+            generator, ema = updated(state.generator, state.ema)
+        else:
+            generator, ema = jax.lax.cond(
+                update, updated, lambda *kept: kept, state.generator, state.ema
+            )
+        fake_score = apply_gradients(state.fake_score, fake_grads, fake_optimizer)
+        state = TrainState(state.step + 1, generator, fake_score, ema, state.key)
+        return state, metrics
+
+    return train_step
+
+
+def accumulate(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
+    """The mean of `function` over `parts` equal micro-batches, one at a time in a scan."""
+    if parts == 1:
+        return function(batch)
+
+    def split(leaf: jax.Array) -> jax.Array:
+        # The leading dimension stays outermost until moved, so each device keeps its own rows.
+        leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:])
+        return jnp.moveaxis(leaf, 1, 0)
+
+    batch = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda leaf: leaf[0], batch)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first)
+    )
+    total, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, batch
+    )
+    return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def jit_step(step: Step, mesh: Mesh, state_shardings, teacher_shardings, perceptual_shardings=None):
+    """The step as one program: state donated and sharded as it came, metrics on every device."""
+    return jax.jit(
+        step,
+        in_shardings=(
+            state_shardings,
+            teacher_shardings,
+            perceptual_shardings,
+            batch_sharding(mesh),
+        ),
+        out_shardings=(state_shardings, replicated(mesh)),
+        donate_argnums=0,
+    )

@@ -1,0 +1,52 @@
+"""What a run writes and shows."""
+
+import json
+
+import pytest
+
+from dmd_jax import metrics
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (200, "3m20s"), (18_420, "5h07m")],
+)
+def test_duration(seconds, text):
+    assert metrics.duration(seconds) == text
+
+
+def test_progress_tells_rate_and_time_left(monkeypatch, capsys):
+    clock = iter([100.0, 110.0, 120.0, 140.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    progress = metrics.Progress("train", 1000, start=100, per_step=8)  # at 100 s
+    progress.restart(110)  # at 110 s: compilation does not count
+    progress.update(210)  # at 120 s: 100 steps in 10 s
+    progress.update(310, "loss 0.5")  # at 140 s: 200 steps in 30 s, 100 of them in 20 s
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train  210/1,000  80.0 images/s  1m19s left"
+    assert lines[1] == "train  310/1,000  40.0 images/s  1m44s left  loss 0.5"
+
+
+def test_lines_after_the_step_to_go_on_from_are_dropped(tmp_path):
+    writer = metrics.MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.scalars(step, {"loss": step / 2})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # as a kill leaves it
+    writer = metrics.MetricsWriter(tmp_path, step=2)
+    writer.scalars(3, {"loss": 7.0})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 1.0},
+        {"step": 3, "loss": 7.0},
+    ]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    writer = metrics.MetricsWriter(tmp_path / "none", enabled=False)
+    writer.scalars(1, {"loss": 0.0})
+    writer.close()
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,72 @@
+"""A run that is killed or stopped anywhere ends as the run that never was."""
+
+import random
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from commands import finish, start, succeeds
+
+from dmd_jax.metrics import read_metrics
+from dmd_jax.weights import load_weights
+
+STEPS = "--config.steps=60"
+OFTEN = ("--config.checkpoint_every=5", "--config.log_every=1", "--config.picture_every=60")
+
+
+def parameters(workdir):
+    return jax.tree.leaves(load_weights(workdir / "weights").params)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tiny, tmp_path_factory):
+    """The workdir of the run that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("whole")
+    succeeds("train", *tiny, "--workdir", workdir, STEPS, *OFTEN)
+    return workdir
+
+
+def wait_for_step(workdir, process, step):
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in read_metrics(workdir)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_five_kills_change_no_bit(tiny, never_stopped, tmp_path):
+    moments = random.Random(0)
+    steps = sorted(moments.sample(range(2, 58), 5))
+    for step in steps:
+        process = start("train", *tiny, "--workdir", tmp_path, STEPS, *OFTEN)
+        wait_for_step(tmp_path, process, step)
+        time.sleep(moments.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    output = finish(start("train", "--workdir", tmp_path))
+    assert "going on from step" in output
+    for found, expected in zip(parameters(tmp_path), parameters(never_stopped)):
+        np.testing.assert_array_equal(found, expected)
+    # The record is that of the whole run as well: each step once.
+    timeless = [
+        [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_metrics(path)]
+        for path in (tmp_path, never_stopped)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_sigterm_saves_and_another_number_of_devices_goes_on(tiny, never_stopped, tmp_path):
+    process = start("train", *tiny, "--workdir", tmp_path, STEPS, *OFTEN)
+    wait_for_step(tmp_path, process, 7)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process)
+    assert "stopped at step" in output and "Traceback" not in output
+    stopped_at = int(output.partition("stopped at step ")[2].partition(";")[0])
+    assert (tmp_path / "checkpoints" / str(stopped_at)).is_dir()
+    assert 7 <= stopped_at < 60
+    output = finish(start("train", "--workdir", tmp_path, devices=2))
+    assert f"going on from step {stopped_at}" in output
+    for found, expected in zip(parameters(tmp_path), parameters(never_stopped)):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))

@@ -1,0 +1,54 @@
+"""Meshes and rules."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from dmd_jax import sharding
+from dmd_jax.errors import UserError
+
+
+def spec_of(shape, mesh, rules=sharding.DEFAULT_RULES):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return sharding.infer_shardings({"block": {"kernel": leaf}}, mesh, rules)["block"][
+        "kernel"
+    ].spec
+
+
+def test_fsdp_takes_the_largest_dimension_that_divides():
+    mesh = sharding.make_mesh(2, 4)
+    assert spec_of((3, 3, 64, 128), mesh) == PartitionSpec(None, None, None, "fsdp")
+    assert spec_of((3, 3, 64, 130), mesh) == PartitionSpec(None, None, "fsdp")
+    assert spec_of((4096,), mesh) == PartitionSpec("fsdp")
+    assert spec_of((1027, 3), mesh) == PartitionSpec()
+    assert spec_of((16, 16), mesh) == PartitionSpec()
+    assert spec_of((4096,), sharding.make_mesh(8, 1)) == PartitionSpec()
+
+
+def test_the_first_rule_that_matches_decides():
+    mesh = sharding.make_mesh(1, 8)
+    rules = (("block/kernel", "replicate"), (".*", "fsdp"))
+    assert spec_of((4096,), mesh, rules) == PartitionSpec()
+    with pytest.raises(UserError, match="block/kernel is 'zero'"):
+        spec_of((4096,), mesh, (("kernel", "zero"),))
+
+
+def test_mesh_takes_the_devices_left():
+    assert dict(sharding.make_mesh(-1, 4).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(sharding.make_mesh(1, -1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (-1, 16, 1)])
+def test_mesh_that_does_not_fit_the_devices_is_refused(sizes):
+    with pytest.raises(UserError, match="mesh data="):
+        sharding.make_mesh(*sizes)
+
+
+def test_batch_that_does_not_divide_is_refused():
+    mesh = sharding.make_mesh(2, 4)
+    sharding.check_batch_size(16, mesh, accumulation=2, name="config.batch_size")
+    with pytest.raises(UserError, match="config.batch_size=12 does not divide over 8 devices"):
+        sharding.check_batch_size(12, mesh, name="config.batch_size")
+    with pytest.raises(UserError, match="expected a multiple of 16"):
+        sharding.check_batch_size(8, mesh, accumulation=2, name="config.batch_size")
