@@ -6,7 +6,9 @@ atomic: a step's folder has its name only once it is whole.
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,7 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for torn files.
+                _ignore_late_callbacks()
                 log.warning(
                     "checkpoint %s is not whole (%s); falling back to the one before it",
                     self.folder / str(step),
@@ -133,6 +136,7 @@ class Checkpoints:
         try:
             action()
         except Exception as error:  # Asynchronous writers raise what their threads met.
+            _ignore_late_callbacks()
             what = "a checkpoint" if step is None else f"checkpoint {step}"
             kept = [kept for kept in self.steps if kept != step]
             last = f"the last whole one is step {kept[-1]}" if kept else "there is no earlier one"
@@ -166,6 +170,7 @@ def restore_subtree(folder: Path, names: Sequence[str]) -> tuple[int, str, Any] 
                 )
                 state = manager.restore(step, args=ocp.args.Composite(state=args)).state
             except Exception as error:  # As in Checkpoints.restore.
+                _ignore_late_callbacks()
                 log.warning(
                     "checkpoint %s is not whole (%s); trying the one before it",
                     folder / str(step),
@@ -191,6 +196,21 @@ def check_same_architecture(found: Any, expected: Any, where: Any) -> None:
         raise UserError(
             f"{where} is of another architecture than the config: {'; '.join(lines[:3])}{more}"
         )
+
+
+@functools.cache
+def _ignore_late_callbacks() -> None:
+    """After a failed read or write, TensorStore reports to an event loop that Orbax has closed.
+
+    Python would print a traceback of that from a thread where nobody can catch it.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def first_line(error: BaseException) -> str:

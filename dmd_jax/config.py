@@ -233,8 +233,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            # JSON knows no tuples.
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+            # JSON knows no tuples, at any depth.
+            flat[prefix + key] = json.loads(json.dumps(value))
     return flat
 
 

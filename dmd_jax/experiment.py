@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -63,10 +64,24 @@ def check_same_network(found: dict[str, Any], expected: dict[str, Any], where: A
         )
 
 
-def loss_options(config: ConfigDict) -> dict[str, Any]:
-    """The options of objective.generator_loss."""
+def loss_options(config: ConfigDict, schedule: NoiseSchedule) -> dict[str, Any]:
+    """The options of objective.generator_loss.
+
+    Raises:
+      UserError: a value of the method that is unknown or out of range.
+    """
     _one_of(config, "weighting", losses.WEIGHTINGS)
     _one_of(config, "distance", ("l2",))
+    if not 0 <= config.min_index <= config.max_index < schedule.num_levels:
+        raise UserError(
+            f"config.min_index={config.min_index} and config.max_index={config.max_index}; "
+            f"expected 0 <= min_index <= max_index < {schedule.num_levels}"
+        )
+    if config.generator_every < 1 or config.accumulation < 1:
+        raise UserError(
+            f"config.generator_every={config.generator_every} and "
+            f"config.accumulation={config.accumulation}; expected at least 1"
+        )
     return dict(
         matching_weight=config.matching_weight,
         regression_weight=config.regression_weight,
@@ -98,7 +113,4 @@ def _one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> str:
 
 def _jsonable(options: dict[str, Any]) -> dict[str, Any]:
     """JSON has no tuples, so lists stand for both."""
-    return {
-        key: list(value) if isinstance(value, (list, tuple)) else value
-        for key, value in options.items()
-    }
+    return json.loads(json.dumps(options))

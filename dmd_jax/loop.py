@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ def run(
     picture_every: int,
     keep_checkpoints: int,
     draw_pictures: Callable[[Any], dict[str, np.ndarray]],
+    sparse_every: int = 1,
+    dense: Collection[str] = (),
 ) -> Any:
     """Trains to total_steps from the newest checkpoint, or from `initialize()`.
 
@@ -43,6 +45,7 @@ def run(
       abstract: the state as ShapeDtypeStructs with shardings. advance: the jitted step.
       batches: a Grain iterator of this process's rows; its position is in the checkpoints.
       draw_pictures: state -> {name: uint8 [H, W, C]}.
+      sparse_every: only each n-th step, the first among them, has metrics besides those of `dense`.
 
     Returns:
       The final state, which is in a checkpoint as well.
@@ -77,6 +80,8 @@ def run(
                 with jax.transfer_guard("disallow"):
                     state, metrics = advance(state, batch)
                 step += 1
+                if (step - 1) % sparse_every:
+                    metrics = {name: metrics[name] for name in dense}
                 pending.append((step, metrics))
                 if step == started_at + 1:
                     jax.block_until_ready(metrics)
@@ -117,8 +122,11 @@ def _check_finite(pending, checkpoints: Checkpoints) -> dict[str, float]:
                     f"{name} is {value} at step {step}; expected a finite number; {last} "
                     f"in {checkpoints.folder}"
                 )
-    names = fetched[-1][1].keys() if fetched else ()
-    return {name: float(np.mean([metrics[name] for _, metrics in fetched])) for name in names}
+    values: dict[str, list[float]] = {}
+    for _, metrics in fetched:
+        for name, value in metrics.items():
+            values.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(each)) for name, each in values.items()}
 
 
 def _note(values: dict[str, float]) -> str:

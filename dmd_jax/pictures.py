@@ -52,6 +52,11 @@ def signed(images: np.ndarray) -> np.ndarray:
     return to_uint8(images / scale if scale else images)
 
 
+def viewing_scale(height: int) -> int:
+    """The whole number that brings images of this height to about 32 pixels, at least 1."""
+    return max(1, 32 // height)
+
+
 def grid(images: np.ndarray, columns: int | None = None, scale: int = 1) -> np.ndarray:
     """All images on one sheet, row by row, with a thin grey gutter around each.
 

@@ -11,7 +11,7 @@ import numpy as np
 from dmd_jax.arguments import add_sampler_arguments, make_images
 from dmd_jax.errors import UserError
 from dmd_jax.generation import draw_latents
-from dmd_jax.pictures import grid, save_png, to_uint8
+from dmd_jax.pictures import grid, save_png, to_uint8, viewing_scale
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +102,6 @@ def _write(path: Path, images: np.ndarray) -> None:
             os.replace(temporary, path)
             return
         columns = int(np.ceil(np.sqrt(len(images))))
-        save_png(path, grid(to_uint8(images), columns=columns))
+        save_png(path, grid(to_uint8(images), columns, viewing_scale(images.shape[1])))
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error}") from error

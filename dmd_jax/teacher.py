@@ -15,7 +15,7 @@ from dmd_jax.data.loader import batches
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import abstract_state, mesh_of, shardings_of
 from dmd_jax.models import build_denoiser
-from dmd_jax.pictures import grid, to_uint8
+from dmd_jax.pictures import grid, to_uint8, viewing_scale
 from dmd_jax.sharding import batch_sharding, check_batch_size, replicated
 from dmd_jax.teacher_step import make_teacher_step, teacher_state
 from dmd_jax.weights import Weights, save_weights
@@ -111,6 +111,7 @@ def _preview(config, denoiser, shardings, mesh):
 
     def draw(train_state: state.TeacherState):
         images = jax.device_get(sample(train_state.ema))
-        return {"samples": grid(to_uint8(images), columns=10)}
+        scale = viewing_scale(images.shape[1])
+        return {"samples": grid(to_uint8(images), columns=10, scale=scale)}
 
     return draw

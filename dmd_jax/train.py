@@ -24,10 +24,10 @@ from dmd_jax.experiment import (
     teacher_of,
 )
 from dmd_jax.objective import draw, generator_loss, one_architecture
-from dmd_jax.pictures import grid, signed, to_uint8
+from dmd_jax.pictures import grid, signed, to_uint8, viewing_scale
 from dmd_jax.schedules import expand
 from dmd_jax.sharding import check_batch_size, infer_shardings, place, replicated
-from dmd_jax.train_step import jit_step, make_train_step
+from dmd_jax.train_step import EVERY_STEP, jit_step, make_train_step
 from dmd_jax.weights import Weights, denoiser_of, params_sha256, save_weights
 
 PREVIEW_COUNT = 10
@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
         check_batch_size(
             config[name], mesh, accumulation=config.accumulation, name=f"config.{name}"
         )
-    options = loss_options(config)
     schedule = schedule_of(config)
+    options = loss_options(config, schedule)
     teacher = teacher_of(config)
     denoiser = denoiser_of(teacher, dtype=config.compute_dtype)
     pairs = _open_pairs(config, denoiser, teacher)
@@ -120,6 +120,8 @@ def run(args: argparse.Namespace) -> None:
         checkpoint_every=config.checkpoint_every,
         picture_every=config.picture_every,
         keep_checkpoints=config.keep_checkpoints,
+        sparse_every=config.generator_every,
+        dense=EVERY_STEP,
         draw_pictures=_preview(config, networks, schedule, denoiser, pairs, teacher_params, mesh),
     )
     trained = final.generator.params if final.ema is None else final.ema
@@ -177,7 +179,7 @@ def _preview(config, networks, schedule, denoiser, pairs, teacher_params, mesh):
             networks=networks,
             teacher_params=teacher_params,
             fake_score_params=fake_score_params,
-            **loss_options(config),
+            **loss_options(config, schedule),
         )
         pictures = aux["pictures"]
         if "x_t" in pictures:
@@ -194,6 +196,7 @@ def _preview(config, networks, schedule, denoiser, pairs, teacher_params, mesh):
             for name in PREVIEW_ROWS
             if name in found
         ]
-        return {"preview": grid(np.concatenate(rows), columns=len(records))}
+        scale = viewing_scale(rows[0].shape[1])
+        return {"preview": grid(np.concatenate(rows), columns=len(records), scale=scale)}
 
     return draw_pictures

@@ -19,6 +19,9 @@ from dmd_jax.types import Params
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+# What each step reports; the rest is of the steps that update the generator.
+EVERY_STEP = ("loss_fake_score", "grad_norm_fake_score", "learning_rate")
+
 Step = Callable[[TrainState, Params, Params, Batch], tuple[TrainState, Metrics]]
 
 

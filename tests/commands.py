@@ -26,7 +26,7 @@ def succeeds(*argv):
     assert main([str(argument) for argument in argv]) == 0
 
 
-def start(*argv, devices=8, largest_file=None):
+def start(*argv, devices=2, largest_file=None):
     """A process of its own, with that many virtual devices.
 
     Args:

@@ -39,3 +39,13 @@ def tiny(tmp_path_factory):
     weights = f"--config.teacher.weights={folder / 'teacher' / 'weights'}"
     succeeds("pairs", "--config", TINY, weights, "--workdir", folder / "pairs")
     return ["--config", TINY, weights, f"--config.pairs.folder={folder / 'pairs'}"]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    """The workdir of twelve steps of distillation; tests that change it take a copy."""
+    from commands import succeeds
+
+    workdir = tmp_path_factory.mktemp("trained")
+    succeeds("train", *tiny, "--workdir", workdir)
+    return workdir

@@ -18,13 +18,6 @@ def argument(tiny, name):
     return next(a.partition("=")[2] for a in map(str, tiny) if a.startswith(f"--config.{name}="))
 
 
-@pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("trained")
-    succeeds("train", *tiny, "--workdir", workdir)
-    return workdir
-
-
 @pytest.fixture
 def copy(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "copy")

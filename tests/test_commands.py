@@ -4,7 +4,6 @@ import json
 
 import jax
 import numpy as np
-import pytest
 from commands import TINY, succeeds
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
@@ -15,13 +14,6 @@ from dmd_jax.metrics import read_metrics
 from dmd_jax.models import build_denoiser
 from dmd_jax.schedules import NoiseSchedule
 from dmd_jax.weights import load_weights, params_sha256
-
-
-@pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("trained")
-    succeeds("train", *tiny, "--workdir", workdir)
-    return workdir
 
 
 def folder_of(tiny, name):
@@ -68,7 +60,7 @@ def test_train_leaves_metrics_events_pictures_checkpoints_and_weights(trained):
     # The mean of steps 1 to 4 of a two-step warm-up from zero to 1e-3.
     np.testing.assert_allclose(lines[0]["learning_rate"], (0 + 0.5e-3 + 1e-3 + 1e-3) / 4, rtol=1e-6)
     with Image.open(trained / "pictures" / "preview-0000012.png") as picture:
-        assert picture.width > 10 * 8 and picture.height > 7 * 8
+        assert picture.width > 10 * 32 and picture.height > 7 * 32
     assert sorted(int(p.name) for p in (trained / "checkpoints").iterdir()) == [4, 8, 12]
     (events,) = (trained / "tensorboard").iterdir()
     assert b"loss_matching" in events.read_bytes() and Event is not None
@@ -113,7 +105,7 @@ def test_sample_writes_a_grid_and_repeats_by_seed(trained, tmp_path):
     assert np.abs(np.load(out[0]) - np.load(out[1])).max() > 1e-3
     succeeds(*common, "--out", tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as picture:
-        assert picture.mode == "L" and picture.width > 3 * 8
+        assert picture.mode == "L" and picture.width > 3 * 32
 
 
 def test_evaluate_measures_against_real_images(trained, tmp_path):

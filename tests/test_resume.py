@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from commands import finish, start, succeeds
+from commands import finish, start
 
 from dmd_jax.metrics import read_metrics
 from dmd_jax.weights import load_weights
@@ -24,7 +24,7 @@ def parameters(workdir):
 def never_stopped(tiny, tmp_path_factory):
     """The workdir of the run that nothing disturbs."""
     workdir = tmp_path_factory.mktemp("whole")
-    succeeds("train", *tiny, "--workdir", workdir, STEPS, *OFTEN)
+    finish(start("train", *tiny, "--workdir", workdir, STEPS, *OFTEN))
     return workdir
 
 
@@ -66,7 +66,7 @@ def test_sigterm_saves_and_another_number_of_devices_goes_on(tiny, never_stopped
     stopped_at = int(output.partition("stopped at step ")[2].partition(";")[0])
     assert (tmp_path / "checkpoints" / str(stopped_at)).is_dir()
     assert 7 <= stopped_at < 60
-    output = finish(start("train", "--workdir", tmp_path, devices=2))
+    output = finish(start("train", "--workdir", tmp_path, devices=4))
     assert f"going on from step {stopped_at}" in output
     for found, expected in zip(parameters(tmp_path), parameters(never_stopped)):
         np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))

@@ -14,7 +14,7 @@ def get_config():
         label_dim=10,
         model_channels=16,
         channel_mult=(1,),
-        num_blocks=1,
+        num_blocks=0,
         attn_resolutions=(),
     )
     config.teacher.weights = ""

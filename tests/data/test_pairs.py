@@ -297,7 +297,7 @@ def test_bad_metadata(folder, change, message):
 
 def test_impossible_metadata_is_refused_before_anything_is_written():
     for change in ({"count": 0}, {"num_steps": 0}, {"shard_size": 0}, {"sample_shape": ()}):
-        with pytest.raises(UserError, match=f"pairs: {list(change)[0]} is "):
+        with pytest.raises(UserError, match=f"pairs: {next(iter(change))} is "):
             metadata(**change)
     with pytest.raises(dataclasses.FrozenInstanceError):
         metadata().seed = 3
