@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dmd_jax.errors import UserError
+from dmd_jax.files import write_json
 
 # What may change when a run goes on; everything else would make it another run.
 MAY_CHANGE = (
@@ -186,11 +186,7 @@ def resolve_config(
             )
     if write:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            temporary = workdir / "config.json.tmp"
-            content = {"command": command, "config": config.to_dict()}
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, saved_path)
+            write_json(saved_path, {"command": command, "config": config.to_dict()})
         except OSError as error:
             raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
     return config

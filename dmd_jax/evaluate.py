@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from pathlib import Path
 
@@ -15,9 +13,9 @@ from dmd_jax.data.images import open_images
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation.features import FeatureExtractor, feature_extractor
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance, gather
+from dmd_jax.files import replacing, write_json
 from dmd_jax.generation import draw_labels, draw_latents
 from dmd_jax.metrics import Progress
-from dmd_jax.pictures import write_whole
 from dmd_jax.provenance import command_line, machine
 
 REFERENCE_BATCH = 512
@@ -84,9 +82,10 @@ def run(args: argparse.Namespace) -> None:
         "machine": machine(),
     }
     try:
-        write_whole(args.out, (json.dumps(results, indent=2) + "\n").encode())
+        write_json(args.out, results)
         if args.samples:
-            _save_samples(args.samples, images, labels)
+            with replacing(args.samples) as temporary, temporary.open("wb") as file:
+                np.savez(file, images=images, labels=labels)
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {error}") from error
     print(f"evaluate: Fréchet distance {results['frechet_distance']:.4f} in {args.out}")
@@ -101,11 +100,3 @@ def reference_statistics(reference, features: FeatureExtractor) -> Statistics:
             yield features(np.stack([reference[index]["x0"] for index in range(start, stop)]))
 
     return gather(batches())
-
-
-def _save_samples(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".npz.tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, images=images, labels=labels)
-    os.replace(temporary, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from dmd_jax.errors import UserError
+from dmd_jax.files import write_whole
 from dmd_jax.pictures import save_png
 
 
@@ -74,9 +74,7 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 class Progress:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from dmd_jax.errors import UserError
+from dmd_jax.files import write_whole
 
 GUTTER = 2  # pixels between the images of a grid, whatever their scale
 GUTTER_GREY = 64
@@ -106,12 +106,3 @@ def png_bytes(picture: np.ndarray) -> bytes:
 def save_png(path: str | os.PathLike, picture: np.ndarray) -> None:
     """Writes a picture (as `png_bytes` takes it) whole or not at all; its folder is made."""
     write_whole(path, png_bytes(picture))
-
-
-def write_whole(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a file so that nobody, and no interrupted run, ever sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

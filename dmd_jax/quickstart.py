@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,9 +17,10 @@ from dmd_jax.errors import UserError
 from dmd_jax.evaluation.digits_classifier import class_agreement
 from dmd_jax.evaluation.features import feature_extractor
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance, gather
+from dmd_jax.files import write_json
 from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
 from dmd_jax.metrics import duration, read_metrics
-from dmd_jax.pictures import grid, save_png, to_uint8, viewing_scale, write_whole
+from dmd_jax.pictures import grid, save_png, to_uint8, viewing_scale
 from dmd_jax.provenance import command_line, machine
 from dmd_jax.report import write_report
 from dmd_jax.weights import load_weights
@@ -147,7 +147,7 @@ def _write(workdir: Path, results: dict, pictures: dict[str, np.ndarray]) -> Non
         for name, images in pictures.items()
     }
     save_png(workdir / "samples.png", _side_by_side(list(sheets.values())))
-    write_whole(workdir / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_json(workdir / "results.json", results)
     lines = read_metrics(workdir / "train")
     curves = {
         name: ([line["step"] for line in lines], [line[name] for line in lines]) for name in CURVES

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dmd_jax.files import write_whole
 from dmd_jax.line_chart import line_chart
-from dmd_jax.pictures import png_bytes, write_whole
+from dmd_jax.pictures import png_bytes
 
 Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
 
 from dmd_jax.arguments import add_sampler_arguments, make_images
 from dmd_jax.errors import UserError
+from dmd_jax.files import replacing
 from dmd_jax.generation import draw_latents
 from dmd_jax.pictures import grid, save_png, to_uint8, viewing_scale
 
@@ -94,12 +94,9 @@ def parse_labels(text: str | None, num_classes: int, count: int) -> np.ndarray |
 
 def _write(path: Path, images: np.ndarray) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".npy":
-            temporary = path.with_suffix(".npy.tmp")
-            with temporary.open("wb") as file:
+            with replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, images.astype(np.float32))
-            os.replace(temporary, path)
             return
         columns = int(np.ceil(np.sqrt(len(images))))
         save_png(path, grid(to_uint8(images), columns, viewing_scale(images.shape[1])))

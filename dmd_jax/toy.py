@@ -7,7 +7,6 @@ those of every distillation. configs/toy2d.py says what is claimed.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +21,9 @@ from dmd_jax import state
 from dmd_jax.config import resolve_config
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import fake_weight_of, loss_options
+from dmd_jax.files import write_json
 from dmd_jax.metrics import MetricsWriter, Progress
-from dmd_jax.pictures import save_png, write_whole
+from dmd_jax.pictures import save_png
 from dmd_jax.plane import Plane, make_plane, measure
 from dmd_jax.provenance import command_line, machine
 from dmd_jax.scatter import Panel, draw_panels
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     # results.json comes last: it says that the run is finished.
     with _writing(args.workdir):
         save_png(args.workdir / "figure3.png", _picture(fakes, panels, plane))
-        write_whole(results, (json.dumps(summary, indent=2) + "\n").encode())
+        write_json(results, summary)
     for name, panel in panels.items():
         print(f"{TITLES[name]}: {_describe(panel)}")
     print(args.workdir / "figure3.png")

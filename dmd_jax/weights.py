@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from dmd_jax.checkpoints import check_same_architecture, restore_subtree
 from dmd_jax.errors import UserError
+from dmd_jax.files import replacing, write_json
 from dmd_jax.models import Denoiser, build_denoiser
 
 # Where a run's checkpoint holds the network that it is for, best first.
@@ -42,19 +42,15 @@ def save_weights(folder: Path, weights: Weights) -> None:
       UserError: the folder cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "model.safetensors.tmp"
         flat = flax.traverse_util.flatten_dict(weights.params, sep="/")
-        save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, temporary)
-        os.replace(temporary, folder / "model.safetensors")
+        with replacing(folder / "model.safetensors") as temporary:
+            save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, temporary)
         config = {
             "network": weights.network,
             "description": weights.description,
             "params_sha256": params_sha256(weights.params),
         }
-        temporary = folder / "config.json.tmp"
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / "config.json")
+        write_json(folder / "config.json", config)
     except (OSError, SafetensorError) as error:
         raise UserError(f"weights could not be written to {folder}: {error}") from error
 

@@ -1,0 +1,27 @@
+"""Files appear whole or not at all."""
+
+import json
+
+import pytest
+
+from dmd_jax.files import replacing, write_json, write_whole
+
+
+def test_a_failure_keeps_what_was_there(tmp_path):
+    path = tmp_path / "folder" / "file"
+    write_whole(path, b"first")
+
+    def fail_half_way():
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"sec")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
+    assert path.read_bytes() == b"first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_json_reads_back(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [1, 2.5, None]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1, 2.5, None]}
