@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dmd_jax.config import resolve_config
 from dmd_jax.errors import UserError
+from dmd_jax.experiment import check_ranges
 from dmd_jax.generation import SAMPLERS, ImageMaker
 from dmd_jax.weights import load_weights
 
@@ -67,13 +68,9 @@ def join_processes(args: argparse.Namespace) -> None:
 def run_config(args: argparse.Namespace, command: str) -> ConfigDict:
     """The config of --config, --workdir and the overrides; joins the processes first."""
     join_processes(args)
-    return resolve_config(
-        args.config,
-        args.overrides,
-        args.workdir,
-        command=command,
-        write=jax.process_index() == 0,
-    )
+    config = resolve_config(args.config, args.overrides, args.workdir, command=command)
+    check_ranges(config)
+    return config
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:

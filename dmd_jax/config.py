@@ -34,14 +34,17 @@ MAY_CHANGE = (
 
 
 def default_config() -> ConfigDict:
-    """Every key that a config has, with the paper's values for class-conditional CIFAR-10."""
+    """Every key that a config has, with the paper's values for class-conditional CIFAR-10.
+
+    Only the regression's distance is not the paper's: mean squared error in place of LPIPS.
+    """
     config = ConfigDict()
     config.seed = 0
     # Options of models.build_denoiser: "name" and what that network takes.
     config.network = ConfigDict()
     # The type that networks compute in: float32 or bfloat16. Parameters and losses are float32.
     config.compute_dtype = "float32"
-    # The noise schedule: edm or scaled_linear.
+    # The noise schedule: edm.
     config.schedule = "edm"
     # Real images: digits, a folder or zip of PNGs, an .npz, idx files, or tfds:NAME:SPLIT.
     config.images = ""
@@ -80,7 +83,7 @@ def default_config() -> ConfigDict:
     config.clip_norm = 10.0
     config.matching_weight = 1.0
     config.regression_weight = 0.25
-    config.distance = "l2"  # of the regression
+    config.distance = "l2"  # of the regression, in place of the paper's LPIPS
     config.weighting = "normalized"  # or sigma_over_alpha, sigma3_over_alpha
     config.alpha_factor = False  # Eq. 8's alpha_t, which Algorithm 2 leaves out
     config.min_index = 20  # schedule bins of the matching loss, both included
@@ -151,7 +154,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 
 def resolve_config(
-    path: str | None, overrides: Sequence[str], workdir: Path, *, command: str, write: bool
+    path: str | None, overrides: Sequence[str], workdir: Path, *, command: str
 ) -> ConfigDict:
     """The config of a run that writes to `workdir`, which keeps it in config.json.
 
@@ -159,7 +162,7 @@ def resolve_config(
     overrides of what may change.
 
     Args:
-      command: that the workdir belongs to. write: True on the process that writes config.json.
+      command: that the workdir belongs to.
 
     Raises:
       UserError: no config anywhere, or one that would make another run of what is in the workdir.
@@ -184,12 +187,19 @@ def resolve_config(
                 f"{workdir} holds a run with another config: {'; '.join(changed)}; "
                 "expected the same values, or another --workdir"
             )
-    if write:
-        try:
-            write_json(saved_path, {"command": command, "config": config.to_dict()})
-        except OSError as error:
-            raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
     return config
+
+
+def save_config(config: ConfigDict, workdir: Path, *, command: str) -> None:
+    """Writes WORKDIR/config.json; to be called once nothing in the config can be refused any more.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        write_json(workdir / "config.json", {"command": command, "config": config.to_dict()})
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
 
 
 def _read_saved(path: Path, command: str) -> ConfigDict:

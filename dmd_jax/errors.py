@@ -17,4 +17,4 @@ class Stopped(Exception):
 
     def __init__(self, step: int, signal_number: int, workdir: Path):
         super().__init__(f"stopped at step {step}; go on with --workdir {workdir}")
-        self.signal_number = signal_number
+        self.step, self.signal_number = step, signal_number

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
             with replacing(args.samples) as temporary, temporary.open("wb") as file:
                 np.savez(file, images=images, labels=labels)
     except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error}") from error
+        raise UserError(f"results cannot be written: {error}") from error
     print(f"evaluate: Fréchet distance {results['frechet_distance']:.4f} in {args.out}")
 
 

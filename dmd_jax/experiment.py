@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +18,47 @@ from dmd_jax.sharding import infer_shardings, make_mesh
 from dmd_jax.weights import Weights, load_weights
 
 
+def check_ranges(config: ConfigDict) -> None:
+    """Raises a UserError that names the first number that no run can use."""
+    least = {
+        1: (
+            "log_every",
+            "picture_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "generator_every",
+            "accumulation",
+            "teacher.batch_size",
+            "pairs.count",
+            "pairs.num_steps",
+            "pairs.batch_size",
+            "pairs.shard_size",
+        ),
+        0: ("steps", "warmup_steps", "teacher.steps", "teacher.warmup_steps"),
+    }
+    for minimum, keys in least.items():
+        for key in keys:
+            value = config
+            for part in key.split("."):
+                value = value[part]
+            if value < minimum:
+                raise UserError(f"config.{key} is {value}; expected at least {minimum}")
+
+
 def schedule_of(config: ConfigDict) -> NoiseSchedule:
-    """The noise schedule by its name."""
-    schedules = {"edm": NoiseSchedule.edm, "scaled_linear": NoiseSchedule.scaled_linear}
-    return schedules[_one_of(config, "schedule", tuple(schedules))]()
+    """The noise schedule by its name: "edm", the one that the networks here are preconditioned for.
+
+    Raises:
+      UserError: another name.
+    """
+    _one_of(config, "schedule", ("edm",))
+    return NoiseSchedule.edm()
 
 
 def fake_weight_of(config: ConfigDict) -> Callable[[NoiseLevel], jax.Array]:
-    """The denoising loss's weight that belongs to the schedule."""
-    return {"edm": losses.edm_weight, "scaled_linear": losses.snr_weight}[config.schedule]
+    """EDM's weight of the denoising loss, at the network's sigma_data."""
+    sigma_data = config.network.get("sigma_data", 0.5)
+    return functools.partial(losses.edm_weight, sigma_data=sigma_data)
 
 
 def mesh_of(config: ConfigDict) -> Mesh:
@@ -76,11 +109,6 @@ def loss_options(config: ConfigDict, schedule: NoiseSchedule) -> dict[str, Any]:
         raise UserError(
             f"config.min_index={config.min_index} and config.max_index={config.max_index}; "
             f"expected 0 <= min_index <= max_index < {schedule.num_levels}"
-        )
-    if config.generator_every < 1 or config.accumulation < 1:
-        raise UserError(
-            f"config.generator_every={config.generator_every} and "
-            f"config.accumulation={config.accumulation}; expected at least 1"
         )
     return dict(
         matching_weight=config.matching_weight,

@@ -72,7 +72,7 @@ class ImageMaker:
             rows = slice(start, start + self.batch_size)
             part = z[rows]
             cond = None if self.num_classes == 0 else self._pad(labels[rows].astype(np.int32))
-            key = role_key(key_data(seed), number, Role.LATENTS)
+            key = role_key(key_data(seed), number, Role.SAMPLER)
             yield np.asarray(self._sample(self._params, self._pad(part), cond, key))[: len(part)]
 
     def _pad(self, rows: np.ndarray) -> jax.Array:
@@ -95,13 +95,13 @@ def draw_labels(seed: int, start: int, stop: int, num_classes: int) -> np.ndarra
 
 @functools.partial(jax.jit, static_argnums=2)
 def _latents(base, indices, sample_shape):
-    draw = lambda i: jax.random.normal(role_key(base, i, Role.LATENTS), sample_shape)  # noqa: E731
+    draw = lambda i: jax.random.normal(role_key(base, i, Role.SAMPLES), sample_shape)  # noqa: E731
     return jax.vmap(draw)(indices)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _labels(base, indices, num_classes):
-    draw = lambda i: jax.random.randint(role_key(base, i, Role.LABELS), (), 0, num_classes)  # noqa: E731
+    draw = lambda i: jax.random.randint(role_key(base, i, Role.SAMPLE_LABELS), (), 0, num_classes)  # noqa: E731
     return jax.vmap(draw)(indices)
 
 

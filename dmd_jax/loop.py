@@ -13,8 +13,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from dmd_jax.checkpoints import Checkpoints
+from dmd_jax.config import save_config
 from dmd_jax.errors import Stopped, UserError
 from dmd_jax.metrics import MetricsWriter, Progress
 from dmd_jax.sharding import to_mesh
@@ -24,6 +26,8 @@ def run(
     *,
     name: str,
     workdir: Path,
+    config: ConfigDict,
+    identity: dict[str, Any],
     abstract: Any,
     initialize: Callable[[], Any],
     advance: Callable[[Any, dict[str, jax.Array]], tuple[Any, dict[str, jax.Array]]],
@@ -31,10 +35,6 @@ def run(
     mesh: Mesh,
     total_steps: int,
     images_per_step: int,
-    log_every: int,
-    checkpoint_every: int,
-    picture_every: int,
-    keep_checkpoints: int,
     draw_pictures: Callable[[Any], dict[str, np.ndarray]],
     sparse_every: int = 1,
     dense: Collection[str] = (),
@@ -42,6 +42,8 @@ def run(
     """Trains to total_steps from the newest checkpoint, or from `initialize()`.
 
     Args:
+      config: its cadences are used here, and it is saved in the workdir.
+      identity: JSON-able facts of the teacher and the data, which a resumed run must share.
       abstract: the state as ShapeDtypeStructs with shardings. advance: the jitted step.
       batches: a Grain iterator of this process's rows; its position is in the checkpoints.
       draw_pictures: state -> {name: uint8 [H, W, C]}.
@@ -55,12 +57,19 @@ def run(
       UserError: a loss is not finite (names the step), or something cannot be written or read.
     """
     first = jax.process_index() == 0
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=keep_checkpoints)
+    if first:
+        save_config(config, workdir, command=name)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     restored = checkpoints.restore(abstract)
     if restored is None:
         step, state = 0, initialize()
     else:
         step, state, position = restored
+        if position["identity"] != identity:
+            raise UserError(
+                f"{workdir} is a run with {position['identity']}, not with {identity}; expected "
+                "the same teacher and data, or another --workdir"
+            )
         batches.set_state(position["batches"])
         if first:
             print(f"{name}: going on from step {step} in {workdir}", file=sys.stderr)
@@ -70,7 +79,7 @@ def run(
 
     def save() -> None:
         _check_finite(pending, checkpoints)
-        checkpoints.save(step, state, {"batches": batches.get_state()})
+        checkpoints.save(step, state, {"batches": batches.get_state(), "identity": identity})
 
     started_at = step
     try:
@@ -86,22 +95,23 @@ def run(
                 if step == started_at + 1:
                     jax.block_until_ready(metrics)
                     progress.restart(step)
-                if step % log_every == 0 or step == total_steps:
+                if step % config.log_every == 0 or step == total_steps:
                     values = _check_finite(pending, checkpoints)
                     pending.clear()
                     progress.update(step, _note(values))
                     writer.scalars(step, values | {"images_per_second": progress.rate})
-                if step % picture_every == 0 or step == total_steps:
+                if step % config.picture_every == 0 or step == total_steps:
+                    _check_finite(pending, checkpoints)
                     for picture, image in draw_pictures(state).items():
                         writer.picture(step, picture, image)
-                if step % checkpoint_every == 0 and step < total_steps:
+                if step % config.checkpoint_every == 0 and step < total_steps:
                     save()
                 if number := requested(step):
                     save()
                     checkpoints.wait()
                     raise Stopped(step, number, workdir)
-        save()
-        checkpoints.wait()
+            save()
+            checkpoints.wait()
     finally:
         writer.close()
         if sys.exc_info()[0] is None:

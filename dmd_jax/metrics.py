@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,35 +29,43 @@ class MetricsWriter:
         self._enabled = enabled
         if not enabled:
             return
-        self._pictures = workdir / "pictures"
+        self._workdir = workdir
         path = workdir / "metrics.jsonl"
-        try:
+        with self._writing():
             _drop_after(path, step)
             self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error}") from error
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes one line and one event a scalar."""
         if not self._enabled:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a uint8 [H, W, C] image."""
         if not self._enabled:
             return
-        save_png(self._pictures / f"{name}-{step:07d}.png", image)
-        self._events.add_image(name, image, step, dataformats="HWC")
+        with self._writing():
+            save_png(self._workdir / "pictures" / f"{name}-{step:07d}.png", image)
+            self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         if self._enabled:
             self._file.close()
             self._events.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = f"metrics and pictures in {self._workdir}"
+            raise UserError(f"{where} cannot be written: {error}") from error
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from dmd_jax.arguments import add_run_arguments, run_config
+from dmd_jax.config import save_config
 from dmd_jax.data.pairs import PairsMetadata, write_pairs
 from dmd_jax.experiment import teacher_of
 from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
         num_classes=maker.num_classes,
     )
     first = jax.process_index() == 0
+    if first:
+        save_config(config, args.workdir, command="pairs")
     progress = None
     done = 0  # this process's pairs in finished shards
 

@@ -13,7 +13,7 @@ from dmd_jax.cli import dispatch
 from dmd_jax.config import load_config, shipped_config
 from dmd_jax.data.images import open_images
 from dmd_jax.data.pairs import PairSource
-from dmd_jax.errors import UserError
+from dmd_jax.errors import Stopped, UserError
 from dmd_jax.evaluation.digits_classifier import class_agreement
 from dmd_jax.evaluation.features import feature_extractor
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance, gather
@@ -61,13 +61,17 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(config_path, [])
     workdir = args.workdir
     teacher = Path(config.teacher.weights)
-    if args.train_teacher:
-        teacher = workdir / "teacher"
-        _do("teacher", "--config", config_path, "--workdir", teacher)
-    weights = f"--config.teacher.weights={teacher}"
-    _do("pairs", "--config", config_path, weights, "--workdir", workdir / "pairs")
-    folder = f"--config.pairs.folder={workdir / 'pairs'}"
-    _do("train", "--config", config_path, weights, folder, "--workdir", workdir / "train")
+    try:
+        if args.train_teacher:
+            teacher = workdir / "teacher"
+            _do("teacher", "--config", config_path, "--workdir", teacher)
+        weights = f"--config.teacher.weights={teacher}"
+        _do("pairs", "--config", config_path, weights, "--workdir", workdir / "pairs")
+        folder = f"--config.pairs.folder={workdir / 'pairs'}"
+        _do("train", "--config", config_path, weights, folder, "--workdir", workdir / "train")
+    except Stopped as stopped:
+        # It is the quickstart that goes on, not the part that was stopped.
+        raise Stopped(stopped.step, stopped.signal_number, workdir) from stopped
     print("quickstart: evaluating", file=sys.stderr)
     results, pictures = _evaluate(teacher, workdir, config)
     results |= {"command": command_line(), "machine": machine()}

@@ -23,6 +23,9 @@ class Role(enum.IntEnum):
     TEACHER = 4
     INIT = 5
     PREVIEW = 6
+    SAMPLES = 7
+    SAMPLE_LABELS = 8
+    SAMPLER = 9
 
 
 @flax.struct.dataclass

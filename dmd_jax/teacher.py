@@ -13,7 +13,7 @@ from dmd_jax.arguments import add_run_arguments, run_config
 from dmd_jax.data.images import open_images
 from dmd_jax.data.loader import batches
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import abstract_state, mesh_of, shardings_of
+from dmd_jax.experiment import abstract_state, fake_weight_of, mesh_of, shardings_of
 from dmd_jax.models import build_denoiser
 from dmd_jax.pictures import grid, to_uint8, viewing_scale
 from dmd_jax.sharding import batch_sharding, check_batch_size, replicated
@@ -61,10 +61,13 @@ def run(args: argparse.Namespace) -> None:
         p_mean=options.p_mean,
         p_std=options.p_std,
         ema_decay=options.ema_decay,
+        weight=fake_weight_of(config),
     )
     final = loop.run(
         name="teacher",
         workdir=args.workdir,
+        config=config,
+        identity={"images": len(images)},
         abstract=abstract,
         initialize=jax.jit(initialize, out_shardings=shardings),
         advance=jax.jit(
@@ -83,16 +86,12 @@ def run(args: argparse.Namespace) -> None:
         mesh=mesh,
         total_steps=options.steps,
         images_per_step=options.batch_size,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        picture_every=config.picture_every,
-        keep_checkpoints=config.keep_checkpoints,
         draw_pictures=_preview(config, denoiser, shardings.ema, mesh),
     )
     params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(final.ema)
     if jax.process_index() == 0:
         network = config.network.to_dict()
-        description = f"EDM teacher of {config.images}, EMA after {options.steps} steps"
+        description = f"EDM teacher of {config.images}, EMA after {int(final.step)} steps"
         save_weights(
             args.workdir / "weights", Weights(network, jax.device_get(params), description)
         )

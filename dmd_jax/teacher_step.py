@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dmd_jax.losses import edm_weight
 from dmd_jax.objective import draw_lognormal, fake_score_loss
+from dmd_jax.schedules import NoiseLevel
 from dmd_jax.state import (
     Role,
     TeacherState,
@@ -30,6 +32,7 @@ def make_teacher_step(
     p_mean: float,
     p_std: float,
     ema_decay: float,
+    weight: Callable[[NoiseLevel], jax.Array] = edm_weight,
 ) -> Callable[[TeacherState, dict[str, jax.Array]], tuple[TeacherState, dict[str, jax.Array]]]:
     """Builds `teacher_step(state, batch) -> (state, metrics)`.
 
@@ -42,7 +45,11 @@ def make_teacher_step(
         draws = draw_lognormal(key, batch["x0"].shape, mean=p_mean, std=p_std)
         cond = batch["label"] if conditional else None
         loss, grads = jax.value_and_grad(fake_score_loss)(
-            state.teacher.params, draws, {"x0": batch["x0"], "cond": cond}, denoise=denoise
+            state.teacher.params,
+            draws,
+            {"x0": batch["x0"], "cond": cond},
+            denoise=denoise,
+            weight=weight,
         )
         metrics = {
             "loss_denoising": loss,

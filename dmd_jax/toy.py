@@ -18,9 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dmd_jax import state
-from dmd_jax.config import resolve_config
+from dmd_jax.config import resolve_config, save_config
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import fake_weight_of, loss_options
+from dmd_jax.experiment import check_ranges, fake_weight_of, loss_options
 from dmd_jax.files import write_json
 from dmd_jax.metrics import MetricsWriter, Progress
 from dmd_jax.pictures import save_png
@@ -60,8 +60,10 @@ def run(args: argparse.Namespace) -> None:
     results = args.workdir / "results.json"
     if results.exists():
         raise UserError(f"{results} exists; expected a --workdir without a finished run")
-    config = resolve_config(args.config, args.overrides, args.workdir, command="toy", write=True)
+    config = resolve_config(args.config, args.overrides, args.workdir, command="toy")
+    check_ranges(config)
     plane = make_plane(config)
+    save_config(config, args.workdir, command="toy")
     fakes = {}
     for objective in OBJECTIVES:
         with _writing(args.workdir):
@@ -111,6 +113,7 @@ def train(
         generator_every=config.generator_every,
         accumulation=config.accumulation,
         ema_decay=config.ema_decay,
+        mesh=plane.mesh,
         loss_options=loss_options(config, plane.schedule) | OBJECTIVES[objective],
     )
 

@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
             generator_every=config.generator_every,
             accumulation=config.accumulation,
             ema_decay=config.ema_decay,
+            mesh=mesh,
             loss_options=options,
         ),
         mesh,
@@ -103,6 +104,12 @@ def run(args: argparse.Namespace) -> None:
     final = loop.run(
         name="train",
         workdir=args.workdir,
+        config=config,
+        identity={
+            "teacher_sha256": pairs.metadata.teacher_sha256,
+            "pairs_seed": pairs.metadata.seed,
+            "pairs": len(pairs),
+        },
         abstract=abstract,
         initialize=functools.partial(jax.jit(initialize, out_shardings=shardings), teacher_params),
         advance=lambda train_state, batch: step(train_state, teacher_params, None, batch),
@@ -116,10 +123,6 @@ def run(args: argparse.Namespace) -> None:
         mesh=mesh,
         total_steps=config.steps,
         images_per_step=config.batch_size,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        picture_every=config.picture_every,
-        keep_checkpoints=config.keep_checkpoints,
         sparse_every=config.generator_every,
         dense=EVERY_STEP,
         draw_pictures=_preview(config, networks, schedule, denoiser, pairs, teacher_params, mesh),
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     trained = final.generator.params if final.ema is None else final.ema
     params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(trained)
     if jax.process_index() == 0:
-        description = f"one-step generator, distilled for {config.steps} steps"
+        description = f"one-step generator, distilled for {int(final.step)} steps"
         weights = Weights(teacher.network, jax.device_get(params), description)
         save_weights(args.workdir / "weights", weights)
 

@@ -42,6 +42,7 @@ def make_train_step(
     accumulation: int = 1,
     ema_decay: float = 0.0,
     perceptual: Callable[[Params, jax.Array, jax.Array], jax.Array] | None = None,
+    mesh: Mesh | None = None,
     loss_options: dict[str, Any] | None = None,
 ) -> Step:
     """Builds `train_step(state, teacher_params, perceptual_params, batch) -> (state, metrics)`.
@@ -61,6 +62,7 @@ def make_train_step(
       accumulation: micro-batches of a step; they change the memory needed, not the result.
       ema_decay: of the generator's average; 0 where the state has none.
       perceptual: (perceptual_params, x, y) -> [B], the regression's distance; None is L2.
+      mesh: over whose data and fsdp axes each device works on its own rows.
       loss_options: further options of `objective.generator_loss`.
 
     The step's batch holds "z_ref", "y_ref" [R, ...] and "label" int32 [R].
@@ -73,7 +75,7 @@ def make_train_step(
         cond = jax.random.randint(
             role_key(state.key, state.step, Role.LABELS), shape[:1], 0, max(num_classes, 1)
         )
-        everything = {
+        return {
             "z": jax.random.normal(role_key(state.key, state.step, Role.LATENTS), shape),
             "cond": cond if num_classes else None,
             "z_ref": batch["z_ref"],
@@ -90,10 +92,16 @@ def make_train_step(
                 role_key(state.key, state.step, Role.FAKE_SCORE), shape, schedule=schedule
             ),
         }
-        return everything
+
+    def own_rows(part: Any) -> Any:
+        """Splits rows over the devices: left alone, XLA keeps what is drawn here whole on each."""
+        if mesh is None:
+            return part
+        return jax.lax.with_sharding_constraint(part, batch_sharding(mesh))
 
     def gradients(state: TrainState, teacher_params, perceptual_params, update, part):
         """Both networks' gradients and metrics on one micro-batch."""
+        part = own_rows(part)
         distance = None
         if perceptual is not None:
             distance = lambda x, y: perceptual(perceptual_params, x, y)  # noqa: E731
@@ -133,7 +141,7 @@ def make_train_step(
 
     def train_step(state, teacher_params, perceptual_params, batch):
         update = state.step % generator_every == 0
-        everything = draw_all(state, batch)
+        everything = own_rows(draw_all(state, batch))
         generator_grads, fake_grads, metrics = accumulate(
             lambda part: gradients(state, teacher_params, perceptual_params, update, part),
             everything,

@@ -74,6 +74,10 @@ def load_weights(folder: Path) -> Weights:
         raise UserError(
             f"weights {folder}: expected model.safetensors and config.json, or a run's checkpoints/"
         )
+    if not isinstance(weights.network, dict):
+        raise UserError(
+            f"{folder / 'config.json'}: network is {weights.network!r}; expected options"
+        )
     expected = jax.eval_shape(build_denoiser(weights.network).init, jax.random.key(0))
     check_same_architecture(weights.params, expected, folder)
     return weights
@@ -101,6 +105,12 @@ def _load_folder(folder: Path) -> Weights:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
+    recorded = config.get("params_sha256")
+    if recorded is not None and recorded != params_sha256(params):
+        raise UserError(
+            f"{folder / 'model.safetensors'} is damaged: its SHA-256 is not config.json's "
+            f"params_sha256 {recorded}"
+        )
     return Weights(config["network"], params, config.get("description", str(folder)))
 
 
@@ -110,7 +120,7 @@ def _load_workdir(folder: Path) -> Weights:
     if found is None:
         raise UserError(f"{folder / 'checkpoints'} holds no whole checkpoint; expected one")
     step, name, params = found
-    return Weights(config["network"], params, f"{folder} at step {step}, {name}")
+    return Weights(config.get("network"), params, f"{folder} at step {step}, {name}")
 
 
 def _read_json(path: Path, *, needs: str) -> dict[str, Any]:

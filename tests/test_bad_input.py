@@ -60,6 +60,47 @@ def test_batch_that_the_devices_do_not_divide(capsys, tiny, tmp_path):
     assert "does not multiply to the 8 devices" in line
 
 
+def test_a_refused_config_leaves_nothing_behind(capsys, tiny, tmp_path):
+    command = ("train", *tiny, "--workdir", tmp_path / "w", "--config.steps=1")
+    for wrong in ("batch_size=12", "weighting=eq9", "keep_checkpoints=0", "log_every=0"):
+        assert wrong.partition("=")[0] in fails(capsys, *command, f"--config.{wrong}")
+    assert not (tmp_path / "w").exists()
+    succeeds(*command)
+    before = (tmp_path / "w" / "config.json").read_bytes()
+    fails(capsys, "train", "--workdir", tmp_path / "w", "--config.mesh.fsdp=3")
+    assert (tmp_path / "w" / "config.json").read_bytes() == before
+
+
+def test_network_options_of_a_wrong_type(capsys, tmp_path):
+    for option in ("attn_resolutions=(1.5,)", "channel_mult=(1,'2')"):
+        line = fails(
+            capsys,
+            "teacher",
+            "--config",
+            TINY,
+            "--workdir",
+            tmp_path / "w",
+            f"--config.network.{option}",
+        )
+        assert option.partition("=")[0] in line
+
+
+def test_resuming_with_other_pairs_is_refused(capsys, tiny, copy, tmp_path):
+    succeeds("pairs", *tiny, "--workdir", tmp_path / "p", "--config.pairs.count=48")
+    folder = f"--config.pairs.folder={tmp_path / 'p'}"
+    line = fails(capsys, "train", "--workdir", copy, folder)
+    assert "'pairs': 80" in line and "'pairs': 48" in line
+
+
+def test_damaged_weights(capsys, copy, tmp_path):
+    path = copy / "weights" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    line = fails(capsys, "sample", "--weights", copy / "weights", "--out", tmp_path / "x.png")
+    assert "model.safetensors is damaged" in line
+
+
 def test_pairs_of_another_resolution_channels_or_classes(capsys, tiny, tmp_path):
     folder = shutil.copytree(argument(tiny, "pairs.folder"), tmp_path / "pairs")
     original = json.loads((folder / "metadata.json").read_text())
@@ -234,6 +275,15 @@ def test_disk_full_while_writing_a_checkpoint(tiny, copy):
     assert set(before) <= {path.name for path in (copy / "checkpoints").iterdir()}
     finish(start(*command))
     assert read_metrics(copy)[-1]["step"] == 16
+
+
+def test_disk_full_while_writing_pictures(tiny, tmp_path):
+    """The limit lets the metrics through; the preview is what does not fit."""
+    command = ("train", *tiny, "--workdir", tmp_path, "--config.picture_every=1")
+    output = finish(start(*command, largest_file=2_500), code=2)
+    line = next(line for line in output.splitlines() if "error:" in line)
+    assert "cannot be written" in line
+    assert "Traceback" not in output
 
 
 def test_nonfinite_loss_stops_at_its_step(capsys, tiny, tmp_path):

@@ -20,14 +20,13 @@ BATCH = 16
 
 
 def make_step(**options):
-    options = dict(ema_decay=0.9) | options
+    options = dict(ema_decay=0.9, batch_size=BATCH) | options
     return make_train_step(
         NETWORKS,
         schedule=SCHEDULE,
         optimizer=OPTIMIZER,
         fake_optimizer=OPTIMIZER,
         learning_rate=warmup(1e-3, 4),
-        batch_size=BATCH,
         sample_shape=small.SHAPE,
         num_classes=small.CLASSES,
         **options,
@@ -77,7 +76,7 @@ def moments(model):
 def test_ten_steps_on_eight_devices_equal_one_device(one_device, shape):
     expected, history = one_device
     mesh = sharding.make_mesh(*shape)
-    state, found, jitted = run(make_step(), mesh, 10)
+    state, found, jitted = run(make_step(mesh=mesh), mesh, 10)
     for ours, theirs in zip(found, history):
         for name in theirs:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
@@ -98,6 +97,28 @@ def test_ten_steps_on_eight_devices_equal_one_device(one_device, shape):
         for leaf in large:
             for shard in leaf.addressable_shards:
                 assert shard.data.nbytes * shape[1] == leaf.nbytes, name
+
+
+def test_each_device_works_on_its_own_rows_alone():
+    """A data-parallel step does an eighth of the operations on each of eight devices."""
+
+    def operations(mesh):
+        step = make_step(mesh=mesh, batch_size=64 * BATCH)
+        teacher = jax.eval_shape(small.init, jax.random.key(0))
+        teacher_shardings = sharding.infer_shardings(teacher, mesh)
+        state = abstract_state(initialize, mesh, teacher)
+        batch = jax.tree.map(
+            lambda rows: jax.ShapeDtypeStruct((64 * len(rows), *rows.shape[1:]), rows.dtype),
+            small.pairs_batch(0, BATCH),
+        )
+        jitted = jit_step(step, mesh, shardings_of(state), teacher_shardings)
+        return jitted.lower(state, teacher, None, batch).compile().cost_analysis()["flops"]
+
+    one = operations(sharding.make_mesh(1, devices=jax.devices()[:1]))
+    # The optimiser's operations on whole parameters are not split by data; they are few beside
+    # those on 1,024 rows.
+    assert operations(sharding.make_mesh(8)) < one / 5
+    assert operations(sharding.make_mesh(2, 4)) < one / 5
 
 
 def test_the_state_is_donated():
@@ -182,7 +203,7 @@ def test_fake_score_trains_on_the_generator_before_its_update():
 
 def test_accumulation_changes_nothing(one_device):
     mesh = sharding.make_mesh(2, devices=jax.devices()[:2])
-    _, found, _ = run(make_step(accumulation=4), mesh, 3)
+    _, found, _ = run(make_step(accumulation=4, mesh=mesh), mesh, 3)
     _, history = one_device
     for ours, theirs in zip(found, history):
         for name in theirs:

@@ -89,3 +89,19 @@ def _check_options(name: str, options: Mapping[str, Any], *, also: tuple[str, ..
             f"network {name} lacks the option {', '.join(missing)}; "
             f"expected at least {', '.join(required)}"
         )
+    for key, value in options.items():
+        if not _is_of(value, str(fields[key].type)):
+            raise UserError(
+                f"network {name} option {key} is {value!r}; expected {fields[key].type}"
+            )
+
+
+def _is_of(value: Any, annotation: str) -> bool:
+    """Whether a JSON value is what a field's annotation says, for the plain ones among them."""
+    plain = {"int": int, "float": (int, float), "str": str, "bool": bool}
+    if annotation in plain:
+        return isinstance(value, plain[annotation])
+    if annotation in ("Sequence[int]", "Sequence[float]"):
+        inner = plain[annotation[len("Sequence[") : -1]]
+        return isinstance(value, (list, tuple)) and all(isinstance(each, inner) for each in value)
+    return True
