@@ -7,6 +7,7 @@ import pytest
 
 from dmd_jax import losses
 from dmd_jax.schedules import NoiseLevel, NoiseSchedule, forward_diffusion, score
+from dmd_jax.sharding import make_mesh
 
 
 @pytest.fixture
@@ -93,6 +94,21 @@ def test_gradient_works_under_vmap_and_in_bfloat16(reference):
     same = [array.astype(jnp.float32) for array in low]
     expected, _ = losses.distribution_matching_gradient(*same, level=level)
     np.testing.assert_array_equal(rounded, expected)
+
+
+def test_gradient_and_denoising_loss_work_under_shard_map():
+    rng = np.random.default_rng(4)
+    x, real, fake = jnp.asarray(rng.standard_normal((3, 8, 4, 4, 1)), jnp.float32)
+    level = NoiseSchedule.edm().level(jnp.arange(100, 900, 100))
+
+    def both(x, real, fake, level):
+        gradient, _ = losses.distribution_matching_gradient(x, real, fake, level=level)
+        return gradient, losses.denoising_loss(fake, x, weight=losses.edm_weight(level))
+
+    rows = jax.sharding.PartitionSpec("data")
+    split = jax.shard_map(both, mesh=make_mesh(8), in_specs=rows, out_specs=rows)
+    for found, expected in zip(jax.jit(split)(x, real, fake, level), both(x, real, fake, level)):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_nonfinite_gradients_are_zeroed_and_counted():
