@@ -37,7 +37,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
             self._manager = _manager(self.folder, options)
         except OSError as error:
-            raise UserError(f"checkpoint folder {folder} cannot be written: {error}") from error
+            raise UserError(f"--workdir {folder.parent} cannot be written: {error}") from error
 
     @property
     def steps(self) -> list[int]:

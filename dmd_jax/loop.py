@@ -57,8 +57,6 @@ def run(
       UserError: a loss is not finite (names the step), or something cannot be written or read.
     """
     first = jax.process_index() == 0
-    if first:
-        save_config(config, workdir, command=name)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     restored = checkpoints.restore(abstract)
     if restored is None:
@@ -73,6 +71,9 @@ def run(
         batches.set_state(position["batches"])
         if first:
             print(f"{name}: going on from step {step} in {workdir}", file=sys.stderr)
+    if first:
+        # Not before the checkpoint agrees: a refused config must not replace the run's own.
+        save_config(config, workdir, command=name)
     writer = MetricsWriter(workdir, step=step, enabled=first)
     progress = Progress(name, total_steps, start=step, per_step=images_per_step, enabled=first)
     pending: list[tuple[int, dict[str, jax.Array]]] = []

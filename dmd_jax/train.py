@@ -125,7 +125,9 @@ def run(args: argparse.Namespace) -> None:
         images_per_step=config.batch_size,
         sparse_every=config.generator_every,
         dense=EVERY_STEP,
-        draw_pictures=_preview(config, networks, schedule, denoiser, pairs, teacher_params, mesh),
+        draw_pictures=_preview(
+            config, options, networks, schedule, denoiser, pairs, teacher_params, mesh
+        ),
     )
     trained = final.generator.params if final.ema is None else final.ema
     params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(trained)
@@ -151,7 +153,7 @@ def _open_pairs(config, denoiser, teacher: Weights) -> PairSource:
     return pairs
 
 
-def _preview(config, networks, schedule, denoiser, pairs, teacher_params, mesh):
+def _preview(config, options, networks, schedule, denoiser, pairs, teacher_params, mesh):
     """The images behind the loss, always of the same latents, levels and pairs."""
     records = [pairs[index] for index in range(min(PREVIEW_COUNT, len(pairs)))]
     batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
@@ -182,7 +184,7 @@ def _preview(config, networks, schedule, denoiser, pairs, teacher_params, mesh):
             networks=networks,
             teacher_params=teacher_params,
             fake_score_params=fake_score_params,
-            **loss_options(config, schedule),
+            **options,
         )
         pictures = aux["pictures"]
         if "x_t" in pictures:

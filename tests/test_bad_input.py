@@ -88,7 +88,9 @@ def test_network_options_of_a_wrong_type(capsys, tmp_path):
 def test_resuming_with_other_pairs_is_refused(capsys, tiny, copy, tmp_path):
     succeeds("pairs", *tiny, "--workdir", tmp_path / "p", "--config.pairs.count=48")
     folder = f"--config.pairs.folder={tmp_path / 'p'}"
+    before = (copy / "config.json").read_bytes()
     line = fails(capsys, "train", "--workdir", copy, folder)
+    assert (copy / "config.json").read_bytes() == before
     assert "'pairs': 80" in line and "'pairs': 48" in line
 
 
