@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from dmd_jax.errors import UserError
+from dmd_jax.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -211,12 +211,6 @@ def _ignore_late_callbacks() -> None:
             previous(unraisable)
 
     sys.unraisablehook = hook
-
-
-def first_line(error: BaseException) -> str:
-    """An exception as a short single line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
 
 
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:

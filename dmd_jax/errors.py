@@ -18,3 +18,9 @@ class Stopped(Exception):
     def __init__(self, step: int, signal_number: int, workdir: Path):
         super().__init__(f"stopped at step {step}; go on with --workdir {workdir}")
         self.step, self.signal_number = step, signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """What another library raised, as a short single line to quote in a UserError."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

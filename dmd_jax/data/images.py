@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from dmd_jax.data import idx, png
-from dmd_jax.errors import UserError
+from dmd_jax.errors import UserError, first_line
 
 FORMS = (
     '"digits", a folder or .zip of PNG files, an .npz, an idx file or a folder of them, '
@@ -147,7 +147,7 @@ class TfdsSource:
             features = dict(self._examples.dataset_info.features)
         except Exception as error:  # whatever the data set's own code raises
             raise UserError(
-                f"{source}: cannot be read ({_first_line(error)}); expected a data set prepared "
+                f"{source}: cannot be read ({first_line(error)}); expected a data set prepared "
                 f"with file_format=array_record under TFDS_DATA_DIR={data_dir or '(not set)'}"
             ) from error
         if len(self._examples) == 0:
@@ -167,7 +167,7 @@ class TfdsSource:
             return self._examples[index]
         except Exception as error:  # damaged records, decoders that want TensorFlow, …
             raise UserError(
-                f"{self._source}: example {index} cannot be read ({_first_line(error)})"
+                f"{self._source}: example {index} cannot be read ({first_line(error)})"
             ) from error
 
     def __len__(self) -> int:
@@ -198,10 +198,6 @@ def _image_key(features: dict, image_type: type, source: str) -> str:
     if len(keys) != 1:
         raise UserError(f'{source}: has the image features {keys}, expected "image" or just one')
     return keys[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_labels(labels: np.ndarray | None, count: int, where: str) -> tuple[np.ndarray, int]:
@@ -269,7 +265,7 @@ def _open_npz(path: Path) -> ArraySource:
             held = {name: arrays[name] for name in arrays.files if name in wanted}
     except Exception as error:  # NumPy, zipfile and zlib each raise their own on damaged bytes
         raise UserError(
-            f"{path}: cannot be read as an .npz of plain arrays ({_first_line(error)})"
+            f"{path}: cannot be read as an .npz of plain arrays ({first_line(error)})"
         ) from error
     images = held.get("images")
     if images is None:
