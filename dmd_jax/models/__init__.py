@@ -12,13 +12,19 @@ import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.denoisers import Denoiser, edm_denoiser
+from dmd_jax.models.dhariwal import DhariwalUNet
 from dmd_jax.models.mixture import GaussianMixture, mixture_denoise
 from dmd_jax.models.mlp import MLP
 from dmd_jax.models.songunet import SongUNet
 
-__all__ = ["Denoiser", "build_denoiser", "edm_denoiser"]
+__all__ = ["Denoiser", "build_denoiser", "complete", "edm_denoiser"]
 
-_NETWORKS = {"songunet": SongUNet, "mlp": MLP, "gaussian_mixture": GaussianMixture}
+_NETWORKS = {
+    "songunet": SongUNet,
+    "dhariwal": DhariwalUNet,
+    "mlp": MLP,
+    "gaussian_mixture": GaussianMixture,
+}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -26,9 +32,9 @@ def build_denoiser(network: Mapping[str, Any], *, dtype: str = "float32") -> Den
     """The denoiser that `network` describes.
 
     Args:
-      network: JSON-able: "name" ("songunet", "mlp" or "gaussian_mixture") and that network's
-        options, which are the fields of SongUNet, MLP or GaussianMixture; the two trained ones
-        also take "sigma_data" (0.5).
+      network: JSON-able: "name" ("songunet", "dhariwal", "mlp" or "gaussian_mixture") and that
+        network's options, which are the fields of SongUNet, DhariwalUNet, MLP or GaussianMixture;
+        the trained ones also take "sigma_data" (0.5).
       dtype: "float32" or "bfloat16", what a trained network computes in. Parameters, inputs and
         outputs are float32 in both.
 
@@ -39,17 +45,13 @@ def build_denoiser(network: Mapping[str, Any], *, dtype: str = "float32") -> Den
     Raises:
       UserError: an unknown name, option or dtype, a missing option, or a bad value.
     """
-    options = dict(network)
-    name = options.pop("name", None)
-    if name not in _NETWORKS:
-        raise UserError(f"network name is {name!r}; expected one of {', '.join(_NETWORKS)}")
     if dtype not in _DTYPES:
         raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
-    trained = issubclass(_NETWORKS[name], nn.Module)
-    sigma_data = options.pop("sigma_data", 0.5) if trained else None
-    _check_options(name, options, also=("sigma_data",) if trained else ())
+    options = complete(network)
+    name = options.pop("name")
+    sigma_data = options.pop("sigma_data", None)
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    if not trained:
+    if not _is_trained(name):
         mixture = GaussianMixture(**options)
         return Denoiser(mixture.init, mixture_denoise, mixture.sample_shape, num_classes=0)
 
@@ -72,17 +74,48 @@ def build_denoiser(network: Mapping[str, Any], *, dtype: str = "float32") -> Den
     return Denoiser(init, denoise, module.sample_shape, module.label_dim)
 
 
-def _check_options(name: str, options: Mapping[str, Any], *, also: tuple[str, ...]) -> None:
+def complete(network: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with every option, so that two mappings of one network are equal.
+
+    Args:
+      network: as for build_denoiser.
+
+    Returns:
+      "name", the options in the order of the network's fields with lists for sequences, and where
+      the network is a trained one "sigma_data".
+
+    Raises:
+      UserError: an unknown name or option, a missing option, or one of another type.
+    """
+    options = dict(network)
+    name = options.pop("name", None)
+    if not isinstance(name, str) or name not in _NETWORKS:
+        raise UserError(f"network name is {name!r}; expected one of {', '.join(_NETWORKS)}")
     fields = {f.name: f for f in dataclasses.fields(_NETWORKS[name]) if f.init}
     for internal in ("parent", "name", "dtype"):
         fields.pop(internal, None)
-    unknown = [key for key in options if key not in fields]
+    defaults = {k: f.default for k, f in fields.items() if f.default is not dataclasses.MISSING}
+    types = {key: str(field.type) for key, field in fields.items()}
+    if _is_trained(name):
+        defaults["sigma_data"], types["sigma_data"] = 0.5, "float"
+    _check_options(name, options, types, required=[key for key in types if key not in defaults])
+    options = {key: options.get(key, defaults.get(key)) for key in types}
+    return {"name": name} | {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+
+
+def _is_trained(name: str) -> bool:
+    return issubclass(_NETWORKS[name], nn.Module)
+
+
+def _check_options(
+    name: str, options: Mapping[str, Any], types: Mapping[str, str], *, required: list[str]
+) -> None:
+    unknown = [key for key in options if key not in types]
     if unknown:
         raise UserError(
             f"network {name} has no option {', '.join(map(repr, unknown))}; "
-            f"expected some of {', '.join((*fields, *also))}"
+            f"expected some of {', '.join(types)}"
         )
-    required = [k for k, f in fields.items() if f.default is dataclasses.MISSING]
     missing = [key for key in required if key not in options]
     if missing:
         raise UserError(
@@ -90,10 +123,8 @@ def _check_options(name: str, options: Mapping[str, Any], *, also: tuple[str, ..
             f"expected at least {', '.join(required)}"
         )
     for key, value in options.items():
-        if not _is_of(value, str(fields[key].type)):
-            raise UserError(
-                f"network {name} option {key} is {value!r}; expected {fields[key].type}"
-            )
+        if not _is_of(value, types[key]):
+            raise UserError(f"network {name} option {key} is {value!r}; expected {types[key]}")
 
 
 def _is_of(value: Any, annotation: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -50,13 +51,24 @@ def xavier_uniform(gain: float = 1.0) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
 
 
+class KernelInits(NamedTuple):
+    """How the kernels of a block start."""
+
+    hidden: nn.initializers.Initializer
+    last: nn.initializers.Initializer  # of what is added to the residual stream
+    qkv: nn.initializers.Initializer
+
+
+XAVIER = KernelInits(xavier_uniform(), xavier_uniform(1e-5), xavier_uniform(math.sqrt(0.2)))
+
+
 def conv(
     features: int,
     size: int,
     *,
     name: str,
     dtype: jnp.dtype,
-    gain: float = 1.0,
+    init: nn.initializers.Initializer = XAVIER.hidden,
     extra_padding: int = 0,
 ) -> nn.Conv:
     """A size x size convolution, zero-padded to keep the image's size (and extra_padding more)."""
@@ -64,19 +76,37 @@ def conv(
         features,
         (size, size),
         padding=size // 2 + extra_padding,
-        kernel_init=xavier_uniform(gain),
+        kernel_init=init,
         dtype=dtype,
         name=name,
     )
 
 
-def dense(features: int, *, name: str) -> nn.Dense:
+def dense(
+    features: int,
+    *,
+    name: str,
+    init: nn.initializers.Initializer = XAVIER.hidden,
+    use_bias: bool = True,
+) -> nn.Dense:
     """A linear layer of the embedding. It is float32 in every compute dtype, being cheap."""
-    return nn.Dense(features, kernel_init=xavier_uniform(), dtype=jnp.float32, name=name)
+    return nn.Dense(features, use_bias=use_bias, kernel_init=init, dtype=jnp.float32, name=name)
+
+
+def augment_embedding(features: int, augment_dim: int) -> jax.Array:
+    """What augmentation labels add to the embedding, [1, features]: nothing, for they are zero.
+
+    EDM's teachers learned from augmented images and were told how; a sample is of an image that is
+    not. The layer is there so that a network has all of its checkpoint's parameters.
+    """
+    labels = jnp.zeros((1, augment_dim), jnp.float32)
+    return dense(features, name="map_augment", use_bias=False)(labels)
 
 
 class GroupNorm(nn.Module):
     """Group normalisation over at least 4 channels a group, with statistics in float32."""
+
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -100,7 +130,7 @@ class GroupNorm(nn.Module):
         centred = x.astype(jnp.float32)
         centred = centred - group_mean(centred)
         # The one-pass variance E[x^2] - E[x]^2 cancels where the mean is large in comparison.
-        factor = scale * lax.rsqrt(group_mean(jnp.square(centred)) + 1e-6)
+        factor = scale * lax.rsqrt(group_mean(jnp.square(centred)) + self.epsilon)
         return (centred * factor + bias).astype(x.dtype)
 
 
@@ -156,7 +186,8 @@ def _edges(ndim: int, axis: int, low: int, high: int, interior: int) -> list[tup
 class UNetBlock(nn.Module):
     """Residual block: norm, SiLU, convolution twice, the embedding added between; then attention.
 
-    Every sum of two branches is scaled by sqrt(1/2), which keeps the variance.
+    The defaults are SongUNet's: every sum of two branches is scaled by sqrt(1/2), which keeps the
+    variance.
     """
 
     features: int
@@ -166,23 +197,43 @@ class UNetBlock(nn.Module):
     num_heads: int = 1
     dropout: float = 0.0
     resample_filter: Sequence[float] = (1, 1)
+    scale_shift: bool = False  # the embedding scales and shifts the norm rather than being added
+    sum_scale: float = SQRT_HALF  # of every sum of two branches
+    project_resampled: bool = True  # the skip of up and down is also a 1x1 convolution
+    epsilon: float = 1e-6  # of the norms
+    inits: KernelInits = XAVIER
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, *, deterministic: bool) -> jax.Array:
         """x [B, H, W, C], emb [B, E] -> [B, H', W', features], H' = 2H (up), H/2 (down) or H."""
-        h = self._resample(nn.silu(GroupNorm(name="norm0")(x)))
-        h = conv(self.features, 3, name="conv0", dtype=self.dtype)(h)
-        shift = dense(self.features, name="affine")(emb).astype(self.dtype)
-        h = nn.silu(GroupNorm(name="norm1")(h + shift[:, None, None, :]))
+        hidden, last, _ = self.inits
+        h = self._resample(nn.silu(self._norm("norm0")(x)))
+        h = conv(self.features, 3, name="conv0", dtype=self.dtype, init=hidden)(h)
+        h = nn.silu(self._embedded(h, emb))
         h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
-        h = conv(self.features, 3, name="conv1", dtype=self.dtype, gain=1e-5)(h)
-        if self.up or self.down or x.shape[-1] != self.features:
-            x = conv(self.features, 1, name="skip", dtype=self.dtype)(self._resample(x))
-        x = (x + h) * SQRT_HALF
+        h = conv(self.features, 3, name="conv1", dtype=self.dtype, init=last)(h)
+        resampled = self.up or self.down
+        x = self._resample(x)
+        if x.shape[-1] != self.features or (resampled and self.project_resampled):
+            x = conv(self.features, 1, name="skip", dtype=self.dtype, init=hidden)(x)
+        x = (x + h) * self.sum_scale
         if self.attention:
-            x = (x + self._attention(GroupNorm(name="norm2")(x))) * SQRT_HALF
+            x = (x + self._attention(self._norm("norm2")(x))) * self.sum_scale
         return x
+
+    def _norm(self, name: str) -> GroupNorm:
+        return GroupNorm(self.epsilon, name=name)
+
+    def _embedded(self, h: jax.Array, emb: jax.Array) -> jax.Array:
+        """The second norm, with the embedding in front of it or as its scale and shift."""
+        width = self.features * (2 if self.scale_shift else 1)
+        affine = dense(width, name="affine", init=self.inits.hidden)(emb).astype(self.dtype)
+        affine = affine[:, None, None, :]
+        if not self.scale_shift:
+            return self._norm("norm1")(h + affine)
+        scale, shift = jnp.split(affine, 2, axis=-1)
+        return self._norm("norm1")(h) * (scale + 1) + shift
 
     def _resample(self, x: jax.Array) -> jax.Array:
         if self.up:
@@ -191,10 +242,51 @@ class UNetBlock(nn.Module):
 
     def _attention(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
-        qkv = conv(3 * channels, 1, name="qkv", dtype=self.dtype, gain=math.sqrt(0.2))(x)
+        qkv = conv(3 * channels, 1, name="qkv", dtype=self.dtype, init=self.inits.qkv)(x)
         # The checkpoints' layout: heads outermost, q, k and v innermost.
         qkv = qkv.reshape(batch, height * width, self.num_heads, channels // self.num_heads, 3)
         # Scales the logits by 1/sqrt(channels a head); softmax in float32.
         h = jax.nn.dot_product_attention(qkv[..., 0], qkv[..., 1], qkv[..., 2])
         h = h.reshape(batch, height, width, channels)
-        return conv(channels, 1, name="proj", dtype=self.dtype, gain=1e-5)(h)
+        return conv(channels, 1, name="proj", dtype=self.dtype, init=self.inits.last)(h)
+
+
+# Checkpoints say their own sizes, and a loop over a billion blocks would never end.
+_UNET_SIZES = {
+    "img_resolution": (1, 8192),
+    "in_channels": (1, 1024),
+    "out_channels": (1, 1024),
+    "label_dim": (0, 1_000_000),
+    "model_channels": (1, 16_384),
+    "channel_mult": (1, 64),
+    "channel_mult_emb": (1, 64),
+    "num_blocks": (0, 64),
+}
+
+
+def check_unet(network: nn.Module) -> None:
+    """Raises a UserError that names the first size of a U-Net of EDM's that is impossible."""
+    name = type(network).__name__
+    for field, (least, most) in _UNET_SIZES.items():
+        sizes = getattr(network, field)
+        sizes = sizes if field == "channel_mult" else (sizes,)
+        if not sizes or not all(least <= size <= most for size in sizes):
+            raise UserError(
+                f"{name} {field} is {getattr(network, field)}; expected {least} to {most}"
+            )
+    factor = 2 ** (len(network.channel_mult) - 1)
+    if network.img_resolution % factor:
+        raise UserError(
+            f"{name} img_resolution is {network.img_resolution}; expected a multiple of "
+            f"{factor}, since channel_mult has {len(network.channel_mult)} levels"
+        )
+
+
+def check_input(network: nn.Module, x: jax.Array) -> None:
+    """Raises a UserError unless x is [B, *network.sample_shape]."""
+    if x.shape[1:] != network.sample_shape:
+        name = type(network).__name__
+        raise UserError(
+            f"{name} input has shape {x.shape}; expected [B, "
+            f"{', '.join(map(str, network.sample_shape))}]"
+        )

@@ -16,9 +16,13 @@ import jax.numpy as jnp
 from dmd_jax.errors import UserError
 from dmd_jax.models.layers import (
     SQRT_HALF,
+    XAVIER,
     FourierEmbedding,
     GroupNorm,
     UNetBlock,
+    augment_embedding,
+    check_input,
+    check_unet,
     conv,
     dense,
     downsample,
@@ -48,6 +52,7 @@ class SongUNet(nn.Module):
     in_channels: int
     out_channels: int
     label_dim: int = 0  # number of classes; 0 is unconditional
+    augment_dim: int = 0  # of EDM's augmentation labels, see layers.augment_embedding
     model_channels: int = 128
     channel_mult: Sequence[int] = (1, 2, 2, 2)  # one level each
     channel_mult_emb: int = 4
@@ -69,11 +74,11 @@ class SongUNet(nn.Module):
                     f"songunet {field} is {getattr(self, field)!r}; "
                     f"expected one of {', '.join(choices)}"
                 )
-        factor = 2 ** (len(self.channel_mult) - 1)
-        if self.img_resolution < 1 or self.img_resolution % factor:
+        check_unet(self)
+        if not sum(self.resample_filter) > 0:
             raise UserError(
-                f"songunet img_resolution is {self.img_resolution}; expected a multiple of "
-                f"{factor}, since channel_mult has {len(self.channel_mult)} levels"
+                f"SongUNet resample_filter is {list(self.resample_filter)}; "
+                "expected taps whose sum is positive"
             )
 
     @property
@@ -102,11 +107,7 @@ class SongUNet(nn.Module):
         Raises:
           UserError: x of another shape than the network's.
         """
-        if x.shape[1:] != self.sample_shape:
-            raise UserError(
-                f"songunet input has shape {x.shape}; expected [B, "
-                f"{', '.join(map(str, self.sample_shape))}]"
-            )
+        check_input(self, x)
         emb = self._embed(c_noise, labels_onehot)
 
         def block(x, name, features, **options):
@@ -133,6 +134,8 @@ class SongUNet(nn.Module):
             # One-hot labels have variance about 1/label_dim; this brings them to one.
             scaled = labels_onehot * math.sqrt(self.label_dim)
             emb = emb + dense(features, name="map_label")(scaled)
+        if self.augment_dim:
+            emb = emb + augment_embedding(features, self.augment_dim)
         emb = nn.silu(dense(self.model_channels * self.channel_mult_emb, name="map_layer0")(emb))
         return nn.silu(dense(self.model_channels * self.channel_mult_emb, name="map_layer1")(emb))
 
@@ -185,7 +188,7 @@ class SongUNet(nn.Module):
             if self.decoder_type == "skip" or level == 0:
                 h = nn.silu(GroupNorm(name=f"{prefix}_aux_norm")(x))
                 name = f"{prefix}_aux_conv"
-                h = conv(self.out_channels, 3, name=name, dtype=self.dtype, gain=1e-5)(h)
+                h = conv(self.out_channels, 3, name=name, dtype=self.dtype, init=XAVIER.last)(h)
                 out = h if out is None else upsample(out, self.resample_filter) + h
         return out
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dmd_jax.errors import UserError
-from dmd_jax.models import build_denoiser, edm_denoiser
+from dmd_jax.models import build_denoiser, complete, edm_denoiser
 from dmd_jax.schedules import edm_level
 
 SIGMA = np.array([0.002, 0.5, 80.0])
@@ -77,11 +77,28 @@ def test_sigma_data_is_an_option():
     np.testing.assert_allclose(actual[:, 0], 4 / (4 + SIGMA**2), rtol=1e-6)
 
 
+def test_complete_makes_mappings_of_one_network_equal():
+    full = {"name": "mlp", "dim": 2, "label_dim": 0, "width": 8, "depth": 1}
+    full |= {"embedding_type": "positional", "embedding_features": 64, "fourier_scale": 1.0}
+    full |= {"zero_init": False, "sigma_data": 0.5}
+    assert complete(MLP) == complete(complete(MLP)) == full
+    assert complete(MLP | {"sigma_data": 1}) != full
+    unet = {"name": "dhariwal", "img_resolution": 64, "in_channels": 3, "out_channels": 3}
+    spelled = unet | {"channel_mult": (1, 2, 3, 4), "attn_resolutions": [32, 16, 8]}
+    assert complete(unet) == complete(spelled) and complete(unet)["channel_mult"] == [1, 2, 3, 4]
+    assert list(complete(unet))[:2] == ["name", "img_resolution"]
+    mixture = {"name": "gaussian_mixture", "means": [[0.0]], "stds": [1.0]}
+    assert complete(mixture) == mixture | {"weights": None}
+    with pytest.raises(UserError, match="no option 'wdith'"):
+        complete(MLP | {"wdith": 4})
+
+
 @pytest.mark.parametrize(
     "network, dtype, message",
     [
-        ({"name": "unet"}, "float32", "'unet'; expected one of songunet, mlp, gaussian_mixture"),
+        ({"name": "unet"}, "float32", "'unet'; expected one of songunet, dhariwal, mlp"),
         ({}, "float32", "network name is None"),
+        ({"name": ["mlp"]}, "float32", r"network name is \['mlp'\]"),
         (MLP | {"wdith": 4}, "float32", r"no option 'wdith'; expected some of dim, .*width"),
         (MLP | {"dtype": "float32"}, "float32", "no option 'dtype'"),
         ({"name": "mlp"}, "float32", "mlp lacks the option dim"),

@@ -1,8 +1,9 @@
-"""Both SongUNets and Heun's sampler against the PyTorch reference.
+"""SongUNet, DhariwalUNet and Heun's sampler against the PyTorch reference.
 
 songunet_ddpmpp_cond.npz and songunet_ncsnpp_uncond.npz hold networks as they are initialised:
 what enters each residual sum and the output carries weights of 1e-6, so that these files show
 the preconditioning and the sampler, and are all but blind to the network between.
+dhariwal_adm_cond.npz has weights of ordinary size everywhere.
 songunet_drawn_weights.npz is the same reference, in float64, with weights of ordinary size in
 every layer. They are drawn per state-dict key, n = default_rng(crc32(key)).standard_normal(shape):
 16 n for the Fourier frequencies, 0.1 n for other vectors plus 1 for norm weights, and
@@ -59,18 +60,24 @@ def drawn_network(arrays):
     return network, params_from_state_dict(state_dict, network)
 
 
+def stored_network(arrays):
+    network = network_from_init_kwargs(json.loads(arrays["kwargs"].item()))
+    state_dict = {k[len("param/") :]: v for k, v in arrays.items() if k.startswith("param/")}
+    return network, params_from_state_dict(state_dict, network)
+
+
 def variant_of(golden, variant):
     prefix = f"{variant}/"
     arrays = golden("songunet_drawn_weights")
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
-@pytest.mark.parametrize("stem", ["songunet_ddpmpp_cond", "songunet_ncsnpp_uncond"])
-def test_initial_network_and_samplers_match_reference(golden, stem):
+@pytest.mark.parametrize(
+    "stem", ["songunet_ddpmpp_cond", "songunet_ncsnpp_uncond", "dhariwal_adm_cond"]
+)
+def test_stored_networks_and_samplers_match_reference(golden, stem):
     arrays = golden(stem)
-    network = network_from_init_kwargs(json.loads(arrays["kwargs"].item()))
-    state_dict = {k[len("param/") :]: v for k, v in arrays.items() if k.startswith("param/")}
-    params = params_from_state_dict(state_dict, network)
+    network, params = stored_network(arrays)
     denoise = jax.jit(build_denoiser(network).denoise)
     cond = arrays["labels"].argmax(axis=-1).astype(np.int32) if "labels" in arrays else None
     z = nhwc(arrays["z"])
@@ -105,12 +112,21 @@ def test_heun_matches_reference_where_the_network_matters(golden):
 
 def test_bfloat16_keeps_float32_parameters_and_output(golden):
     arrays = variant_of(golden, "ddpmpp_cond")
-    network, params = drawn_network(arrays)
+    check_bfloat16(arrays, *drawn_network(arrays), arrays["labels"], tolerance=2e-2)
+
+
+def test_bfloat16_of_dhariwal(golden):
+    arrays = golden("dhariwal_adm_cond")
+    cond = arrays["labels"].argmax(axis=-1)
+    check_bfloat16(arrays, *stored_network(arrays), cond, tolerance=4e-2)
+
+
+def check_bfloat16(arrays, network, params, cond, *, tolerance):
     denoiser = build_denoiser(network, dtype="bfloat16")
     level = edm_level(arrays["sigma"])
-    denoised = jax.jit(denoiser.denoise)(params, nhwc(arrays["x"]), level, arrays["labels"])
+    denoised = jax.jit(denoiser.denoise)(params, nhwc(arrays["x"]), level, cond)
     assert denoised.dtype == jnp.float32
     for ours, reference in zip(denoised, arrays["denoised"]):
-        assert relative_error(ours[None], reference[None]) < 2e-2
+        assert relative_error(ours[None], reference[None]) < tolerance
     shapes = jax.tree.leaves(jax.eval_shape(denoiser.init, jax.random.key(0)))
     assert {leaf.dtype for leaf in shapes} == {jnp.dtype("float32")}

@@ -20,6 +20,7 @@ CIFAR = {
     "img_resolution": 32,
     "in_channels": 3,
     "out_channels": 3,
+    "augment_dim": 9,
     "channel_mult": [2, 2, 2],
 }
 NCSNPP = {
@@ -31,19 +32,18 @@ NCSNPP = {
 
 
 @pytest.mark.parametrize(
-    "options, released, augment, freqs",
+    "options, released, freqs",
     [
-        ({"label_dim": 10}, 55_735_299, 9 * 128, 0),
-        ({}, 55_733_891, 9 * 128, 0),
+        ({"label_dim": 10}, 55_735_299, 0),
+        ({}, 55_733_891, 0),
         # The reference holds the Fourier frequencies as a buffer, not a parameter.
-        (NCSNPP, 56_397_827, 9 * 256, 128),
+        (NCSNPP, 56_397_827, 128),
     ],
 )
-def test_parameter_count_of_the_cifar10_networks(options, released, augment, freqs):
+def test_parameter_count_of_the_cifar10_networks(options, released, freqs):
     shapes = jax.eval_shape(build_denoiser(CIFAR | options).init, jax.random.key(0))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    # The released networks also have map_augment, 9 augmentation labels into the embedding.
-    assert count == released - augment + freqs
+    assert count == released + freqs
 
 
 def test_initialisation_has_edm_bounds():
@@ -127,6 +127,10 @@ def test_dropout_needs_a_key_and_is_off_without():
     [
         ({"encoder_type": "skips"}, "encoder_type is 'skips'; expected one of standard, skip"),
         ({"embedding_type": "rope"}, "embedding_type is 'rope'"),
+        ({"num_blocks": 10**9}, "num_blocks is 1000000000; expected 0 to 64"),
+        ({"channel_mult": [2, 0]}, r"channel_mult is \(2, 0\); expected 1 to 64"),
+        ({"channel_mult": []}, r"channel_mult is \(\); expected 1 to 64"),
+        ({"resample_filter": []}, "resample_filter is .*; expected taps"),
         ({"img_resolution": 30}, "img_resolution is 30; expected a multiple of 4"),
     ],
 )
