@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -36,3 +37,9 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes indented JSON through `replacing`."""
     write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

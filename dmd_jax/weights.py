@@ -28,6 +28,7 @@ class Weights(NamedTuple):
     network: dict[str, Any]  # options for models.build_denoiser
     params: Any  # nested dict of NumPy arrays
     description: str  # where they come from
+    source: dict[str, str] | None = None  # "file" and "sha256" of what they were converted from
 
 
 def packaged(name: str) -> Path:
@@ -50,6 +51,8 @@ def save_weights(folder: Path, weights: Weights) -> None:
             "description": weights.description,
             "params_sha256": params_sha256(weights.params),
         }
+        if weights.source is not None:
+            config["source"] = weights.source
         write_json(folder / "config.json", config)
     except (OSError, SafetensorError) as error:
         raise UserError(f"weights could not be written to {folder}: {error}") from error
@@ -111,7 +114,8 @@ def _load_folder(folder: Path) -> Weights:
             f"{folder / 'model.safetensors'} is damaged: its SHA-256 is not config.json's "
             f"params_sha256 {recorded}"
         )
-    return Weights(config["network"], params, config.get("description", str(folder)))
+    description = config.get("description", str(folder))
+    return Weights(config["network"], params, description, config.get("source"))
 
 
 def _load_workdir(folder: Path) -> Weights:
