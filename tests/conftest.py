@@ -49,3 +49,13 @@ def trained(tiny, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
     succeeds("train", *tiny, "--workdir", workdir)
     return workdir
+
+
+@pytest.fixture(scope="session")
+def lpips_file(tmp_path_factory):
+    """LPIPS's real weights, converted from the package that the extra [lpips] installs."""
+    from commands import succeeds
+
+    path = tmp_path_factory.mktemp("lpips") / "lpips.safetensors"
+    succeeds("convert", "lpips", path)
+    return path
