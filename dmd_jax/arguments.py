@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 
 import jax
@@ -12,7 +13,9 @@ from dmd_jax.config import resolve_config
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import check_ranges
 from dmd_jax.generation import SAMPLERS, ImageMaker
-from dmd_jax.weights import load_weights
+from dmd_jax.weights import Weights, load_weights
+
+DTYPES = ("float32", "bfloat16")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +68,15 @@ def join_processes(args: argparse.Namespace) -> None:
         raise UserError(f"--coordinator {args.coordinator}: {error}") from error
 
 
+def end_on_sigterm() -> None:
+    """Lets SIGTERM end this process, where what is finished is in files already.
+
+    With several processes JAX's preemption service swallows the signal, for training's sake.
+    """
+    if jax.process_count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run_config(args: argparse.Namespace, command: str) -> ConfigDict:
     """The config of --config, --workdir and the overrides; joins the processes first."""
     join_processes(args)
@@ -82,6 +94,9 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=18, metavar="N", help="of heun and euler")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--batch-size", type=int, default=256, metavar="B")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="that the network computes in"
+    )
     for name, text in (
         ("s-churn", "noise added along the way, 0 is deterministic"),
         ("s-min", "lowest sigma with added noise"),
@@ -91,8 +106,8 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=float, metavar="X", help=f"heun and euler: {text}")
 
 
-def make_images(args: argparse.Namespace) -> tuple[ImageMaker, str]:
-    """The image maker that the shared arguments ask for, and the weights' description."""
+def make_images(args: argparse.Namespace) -> tuple[ImageMaker, Weights]:
+    """The image maker that the shared arguments ask for, and its weights."""
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}; expected at least 1")
     names = ("s_churn", "s_min", "s_max", "s_noise")
@@ -103,6 +118,7 @@ def make_images(args: argparse.Namespace) -> tuple[ImageMaker, str]:
         sampler=args.sampler,
         num_steps=args.steps,
         batch_size=args.batch_size,
+        dtype=args.dtype,
         sampler_options=options,
     )
-    return maker, weights.description
+    return maker, weights

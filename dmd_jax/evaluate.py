@@ -1,24 +1,40 @@
-"""`dmd-jax evaluate`: the Fréchet distance of a model's samples to real images."""
+"""`dmd-jax evaluate`: the Fréchet distance of a model's samples to real images, and its kin."""
 
 from __future__ import annotations
 
 import argparse
-import time
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from dmd_jax.arguments import add_sampler_arguments, make_images
-from dmd_jax.data.images import open_images
+from dmd_jax.arguments import (
+    add_process_arguments,
+    add_sampler_arguments,
+    end_on_sigterm,
+    join_processes,
+    make_images,
+)
 from dmd_jax.errors import UserError
-from dmd_jax.evaluation.features import FeatureExtractor, feature_extractor
-from dmd_jax.evaluation.frechet import Statistics, frechet_distance, gather
+from dmd_jax.evaluation.collect import reference_rows, sample_rows
+from dmd_jax.evaluation.features import feature_extractor
+from dmd_jax.evaluation.measures import measure
+from dmd_jax.evaluation.parts import Rows, claim, release
+from dmd_jax.evaluation.reference import open_reference, save_reference
 from dmd_jax.files import replacing, write_json
-from dmd_jax.generation import draw_labels, draw_latents
-from dmd_jax.metrics import Progress
 from dmd_jax.provenance import command_line, machine
+from dmd_jax.weights import params_sha256
 
-REFERENCE_BATCH = 512
+PREPROCESSINGS = ("pytorch_fid", "tensorflow")
+SAMPLE_PART = 2  # batches
+SAMPLER_OPTIONS = ("s_churn", "s_min", "s_max", "s_noise")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,77 +42,192 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         required=True,
-        metavar="IMAGES",
-        help="real images: digits, a folder or zip of PNGs, an .npz, idx files, tfds:NAME:SPLIT",
+        metavar="SOURCE",
+        help="real images: digits, a folder or zip of PNGs, an .npz, idx files, tfds:NAME:SPLIT; "
+        "or an .npz of their statistics mu and sigma",
     )
     parser.add_argument(
         "--features",
-        default="pixels",
+        action="append",
         metavar="NAME",
-        help="pixels, for tiny images, or package.module:function (images [N, H, W, C] -> [N, D])",
+        help="may be given several times: pixels (the default, for tiny images), inception, "
+        "vgg16, or package.module:function (images [N, H, W, C] -> [N, D])",
     )
-    parser.add_argument("--num", type=int, default=10_000, metavar="N", help="samples to make")
+    parser.add_argument(
+        "--inception", type=Path, metavar="FILE", help="of `dmd-jax convert inception`"
+    )
+    parser.add_argument(
+        "--inception-preprocessing",
+        choices=PREPROCESSINGS,
+        default=PREPROCESSINGS[0],
+        help="how images reach inception; tensorflow where EDM's statistics are the reference",
+    )
+    parser.add_argument(
+        "--lpips", type=Path, metavar="FILE", help="of `dmd-jax convert lpips`, for vgg16"
+    )
+    parser.add_argument(
+        "--vgg-resolution",
+        type=int,
+        default=224,
+        metavar="R",
+        help="pixels that vgg16 resizes images to; 0 leaves them (default: 224)",
+    )
+    parser.add_argument(
+        "--repeat-grey", action="store_true", help="show grey images to networks as three channels"
+    )
+    parser.add_argument(
+        "--num", type=int, default=50_000, metavar="N", help="samples to make (default: 50000)"
+    )
+    parser.add_argument(
+        "--num-reference", type=int, metavar="N", help="real images, evenly spread (default: all)"
+    )
+    parser.add_argument(
+        "--precision-recall",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="images of each side, at most, for precision and recall; 0 leaves them out "
+        "(default: 10000)",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--samples", type=Path, metavar="FILE.npz", help="keep images and labels")
+    parser.add_argument(
+        "--save-reference",
+        type=Path,
+        metavar="FILE.npz",
+        help="keep the statistics of the real images, for --reference",
+    )
+    add_process_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    with _warnings_in_a_line():
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
+    names = list(dict.fromkeys(args.features or ["pixels"]))
+    _check_arguments(args, names)
+    join_processes(args)
+    end_on_sigterm()
+    features = [
+        feature_extractor(
+            name,
+            inception=args.inception,
+            lpips=args.lpips,
+            preprocessing=args.inception_preprocessing,
+            resolution=args.vgg_resolution,
+            repeat_grey=args.repeat_grey,
+        )
+        for name in names
+    ]
+    maker, weights = make_images(args)
+    for one in features:
+        one.dimensions(maker.sample_shape)  # refuses images that do not fit before any is made
+    reference = open_reference(args.reference, maker.sample_shape, features, args.num_reference)
+    if reference.images is None and args.save_reference is not None:
+        raise UserError(f"--save-reference: {args.reference} is of statistics, expected images")
+    num_steps = 1 if args.sampler == "one-step" else args.steps
+    folder = args.out.with_suffix(".parts")
+    claim(
+        folder,
+        {
+            "params_sha256": params_sha256(weights.params),
+            "sampler": args.sampler,
+            "num_steps": num_steps,
+            "sampler_options": {name: getattr(args, name) for name in SAMPLER_OPTIONS},
+            "seed": args.seed,
+            "num_samples": args.num,
+            "batch_size": args.batch_size,
+            "dtype": args.dtype,
+            "features": {one.name: one.origin for one in features},
+            "reference": reference.origin,
+            "keeps_images": args.samples is not None,
+        },
+    )
+    description = weights.description
+    del weights  # the device has its copy
+    real = reference_rows(folder, reference, features) if reference.images is not None else None
+    samples = sample_rows(
+        folder,
+        maker,
+        features,
+        num=args.num,
+        part_size=SAMPLE_PART * args.batch_size,
+        seed=args.seed,
+        keep_images=args.samples is not None,
+    )
+    multihost_utils.sync_global_devices(f"evaluate: parts of {args.out}")
+    if jax.process_index() == 0:
+        figures, real_statistics = measure(
+            features, samples, real, reference.statistics, args.precision_recall
+        )
+        seconds = float(np.mean(np.concatenate([part for (part,) in samples.read("seconds")])))
+        results = {
+            "features": figures,
+            "reference": args.reference,
+            "num_reference": reference.count,
+            "num_samples": args.num,
+            "sampler": args.sampler,
+            "num_steps": num_steps,
+            "seed": args.seed,
+            "dtype": args.dtype,
+            "seconds_per_image": seconds,
+            "weights": description,
+            "command": command_line(),
+            "machine": machine(),
+        }
+        if args.save_reference:
+            save_reference(args.save_reference, real_statistics[0], features[0])
+        _write(args, results, samples)
+        release(folder, samples, *([real] if real else []))
+        shown = ", ".join(f"{figures[name]['frechet_distance']:.4f} ({name})" for name in names)
+        print(f"evaluate: Fréchet distance {shown} in {args.out}")
+    multihost_utils.sync_global_devices(f"evaluate: {args.out} written")
+
+
+def _check_arguments(args: argparse.Namespace, names: list[str]) -> None:
     if args.num < 2:
         raise UserError(f"--num {args.num}; expected at least 2 samples")
-    for name, suffix in (("out", ".json"), ("samples", ".npz")):
+    if args.precision_recall < 0:
+        raise UserError(f"--precision-recall {args.precision_recall}; expected 0 or more images")
+    for name, suffix in (("out", ".json"), ("samples", ".npz"), ("save_reference", ".npz")):
         path = getattr(args, name)
         if path is not None and path.suffix != suffix:
-            raise UserError(f"--{name} {path}: expected a name that ends in {suffix}")
-    features = feature_extractor(args.features)
-    maker, description = make_images(args)
-    reference = open_images(args.reference, resolution=maker.sample_shape[0])
-    if reference.sample_shape != maker.sample_shape:
-        raise UserError(
-            f"--reference {args.reference} has images of shape {reference.sample_shape}; "
-            f"expected {maker.sample_shape} as --weights {args.weights} makes"
-        )
-    z = draw_latents(args.seed, 0, args.num, maker.sample_shape)
-    labels = draw_labels(args.seed, 0, args.num, maker.num_classes)
-    maker(z[:1], labels[:1])  # compiles, which is not an image's time
-    started = time.perf_counter()
-    progress = Progress("evaluate", args.num)
-    images = []
-    for batch in maker.batches(z, labels, seed=args.seed):
-        images.append(batch)
-        progress.update(sum(map(len, images)))
-    seconds = (time.perf_counter() - started) / args.num
-    images = np.concatenate(images)
-    results = {
-        "frechet_distance": frechet_distance(
-            Statistics.of(features(images)), reference_statistics(reference, features)
-        ),
-        "features": args.features,
-        "reference": args.reference,
-        "num_samples": args.num,
-        "sampler": args.sampler,
-        "num_steps": 1 if args.sampler == "one-step" else args.steps,
-        "seed": args.seed,
-        "seconds_per_image": seconds,
-        "weights": description,
-        "command": command_line(),
-        "machine": machine(),
-    }
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {path}: expected a name that ends in {suffix}")
+    if args.save_reference is not None and len(names) > 1:
+        raise UserError(f"--save-reference takes one of the features {', '.join(names)}")
+
+
+def _write(args: argparse.Namespace, results: dict[str, Any], samples: Rows) -> None:
     try:
-        write_json(args.out, results)
         if args.samples:
-            with replacing(args.samples) as temporary, temporary.open("wb") as file:
-                np.savez(file, images=images, labels=labels)
+            with replacing(args.samples) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+                for name in ("images", "labels"):
+                    _stream(archive, name, samples)
+        write_json(args.out, results)
     except OSError as error:
         raise UserError(f"results cannot be written: {error}") from error
-    print(f"evaluate: Fréchet distance {results['frechet_distance']:.4f} in {args.out}")
 
 
-def reference_statistics(reference, features: FeatureExtractor) -> Statistics:
-    """The features' statistics over all real images."""
+def _stream(archive: zipfile.ZipFile, name: str, samples: Rows) -> None:
+    """Writes an array to an .npz part by part, as 50,000 images need not fit in memory."""
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        for number, (part,) in enumerate(samples.read(name)):
+            if number == 0:
+                shape = (samples.count, *part.shape[1:])
+                descr = np.lib.format.dtype_to_descr(part.dtype)
+                header = {"shape": shape, "fortran_order": False, "descr": descr}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(part).tobytes())
 
-    def batches():
-        for start in range(0, len(reference), REFERENCE_BATCH):
-            stop = min(start + REFERENCE_BATCH, len(reference))
-            yield features(np.stack([reference[index]["x0"] for index in range(start, stop)]))
 
-    return gather(batches())
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        print(f"dmd-jax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

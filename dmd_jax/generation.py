@@ -26,6 +26,7 @@ class ImageMaker:
     Args:
       sampler: one of SAMPLERS. num_steps: of heun and euler.
       batch_size: images at a time; rounded up to a multiple of the devices.
+      dtype: that the network computes in, "float32" or "bfloat16".
       sampler_options: s_churn and so on, for heun and euler.
 
     Raises:
@@ -55,32 +56,37 @@ class ImageMaker:
         self._sample = jax.jit(function, out_shardings=self._batch_sharding)
 
     def __call__(
-        self, z: np.ndarray, labels: np.ndarray | None = None, *, seed: int = 0
+        self, z: np.ndarray, labels: np.ndarray | None = None, *, seed: int = 0, first: int = 0
     ) -> np.ndarray:
         """Images float32 [N, *sample_shape] from latents of that shape and labels [N].
 
         Args:
           seed: of the noise that a stochastic sampler adds.
+          first: the index of z[0] among the images of the seed; each batch's noise is a function
+            of the seed and the index of the batch's first image.
         """
-        return np.concatenate(list(self.batches(z, labels, seed=seed)))
+        return np.concatenate(list(self.batches(z, labels, seed=seed, first=first)))
 
     def batches(
-        self, z: np.ndarray, labels: np.ndarray | None = None, *, seed: int = 0
+        self, z: np.ndarray, labels: np.ndarray | None = None, *, seed: int = 0, first: int = 0
     ) -> Iterator[np.ndarray]:
         """The same, batch by batch."""
-        for number, start in enumerate(range(0, len(z), self.batch_size)):
+        for start in range(0, len(z), self.batch_size):
             rows = slice(start, start + self.batch_size)
             part = z[rows]
             cond = None if self.num_classes == 0 else self._pad(labels[rows].astype(np.int32))
-            key = role_key(key_data(seed), number, Role.SAMPLER)
+            key = role_key(key_data(seed), first + start, Role.SAMPLER)
             yield np.asarray(self._sample(self._params, self._pad(part), cond, key))[: len(part)]
 
     def _pad(self, rows: np.ndarray) -> jax.Array:
-        """To the full batch, by repeating the last row; one shape is one program."""
-        missing = self.batch_size - len(rows)
-        if missing:
-            rows = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])
-        return jax.device_put(rows, self._batch_sharding)
+        """To the full batch; one shape is one program."""
+        return jax.device_put(pad_rows(rows, self.batch_size), self._batch_sharding)
+
+
+def pad_rows(rows: np.ndarray, count: int) -> np.ndarray:
+    """rows [N, …] to [count, …], count >= N >= 1, by repeating the last row."""
+    missing = count - len(rows)
+    return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
 
 
 def draw_latents(seed: int, start: int, stop: int, sample_shape: tuple[int, ...]) -> np.ndarray:

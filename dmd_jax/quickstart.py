@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dmd_jax.cli import dispatch
+from dmd_jax.cli import run_step
 from dmd_jax.config import load_config, shipped_config
 from dmd_jax.data.images import open_images
 from dmd_jax.data.pairs import PairSource
@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> None:
     try:
         if args.train_teacher:
             teacher = workdir / "teacher"
-            _do("teacher", "--config", config_path, "--workdir", teacher)
+            run_step("teacher", "--config", config_path, "--workdir", teacher)
         weights = f"--config.teacher.weights={teacher}"
-        _do("pairs", "--config", config_path, weights, "--workdir", workdir / "pairs")
+        run_step("pairs", "--config", config_path, weights, "--workdir", workdir / "pairs")
         folder = f"--config.pairs.folder={workdir / 'pairs'}"
-        _do("train", "--config", config_path, weights, folder, "--workdir", workdir / "train")
+        run_step("train", "--config", config_path, weights, folder, "--workdir", workdir / "train")
     except Stopped as stopped:
         # It is the quickstart that goes on, not the part that was stopped.
         raise Stopped(stopped.step, stopped.signal_number, workdir) from stopped
@@ -83,15 +83,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"quickstart: {workdir / 'report.html'} ({duration(time.monotonic() - started)})")
 
 
-def _do(*argv) -> None:
-    argv = [str(argument) for argument in argv]
-    print("$ dmd-jax " + " ".join(argv), file=sys.stderr)
-    dispatch(argv)
-
-
 def _evaluate(teacher: Path, workdir: Path, config) -> tuple[dict, dict[str, np.ndarray]]:
     """results.json's figures, and images [classes * PER_CLASS, H, W, C] from the same latents."""
-    features = feature_extractor("pixels")
+    features = feature_extractor("pixels").extract
     reals = open_images(config.images)
     real = gather([features(np.stack([reals[index]["x0"] for index in range(len(reals))]))])
 

@@ -1,7 +1,5 @@
 """The commands from end to end on a tiny network: what they write, and that it can be used."""
 
-import json
-
 import jax
 import numpy as np
 from commands import TINY, succeeds
@@ -105,50 +103,6 @@ def test_sample_writes_a_grid_and_repeats_by_seed(trained, tmp_path):
     succeeds(*common, "--out", tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.mode == "L" and picture.width > 3 * 32
-
-
-def test_evaluate_measures_against_real_images(trained, tmp_path):
-    out = tmp_path / "results.json"
-    succeeds(
-        "evaluate",
-        "--weights",
-        trained,
-        "--reference",
-        "digits",
-        "--num",
-        "300",
-        "--out",
-        out,
-        "--samples",
-        tmp_path / "samples.npz",
-    )
-    results = json.loads(out.read_text())
-    assert results["num_samples"] == 300 and results["num_steps"] == 1
-    assert results["frechet_distance"] > 0 and results["seconds_per_image"] > 0
-    with np.load(tmp_path / "samples.npz") as samples:
-        assert samples["images"].shape == (300, 8, 8, 1) and samples["labels"].max() == 9
-
-
-def test_evaluating_real_images_of_an_npz_takes_a_users_features(trained, tmp_path, monkeypatch):
-    (tmp_path / "my_features.py").write_text(
-        "def halves(images):\n    return images.reshape(len(images), 2, -1).mean(axis=2)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    np.savez(tmp_path / "real.npz", images=np.zeros((50, 8, 8, 1), np.uint8))
-    succeeds(
-        "evaluate",
-        "--weights",
-        trained,
-        "--reference",
-        tmp_path / "real.npz",
-        "--num",
-        "64",
-        "--features",
-        "my_features:halves",
-        "--out",
-        tmp_path / "r.json",
-    )
-    assert json.loads((tmp_path / "r.json").read_text())["features"] == "my_features:halves"
 
 
 def test_workdir_alone_goes_on_and_a_finished_run_is_left_as_it_is(trained, capsys):

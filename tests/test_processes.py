@@ -1,19 +1,11 @@
 """Two real processes with jax.distributed are one run, with the numbers of one process."""
 
-import socket
-
 import jax
 import numpy as np
-from commands import fails, finish, start, succeeds
+from commands import fails, finish, free_port, start, succeeds
 
 from dmd_jax.metrics import read_metrics
 from dmd_jax.weights import load_weights
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_two_processes_train_and_give_the_numbers_of_one(tiny, tmp_path):

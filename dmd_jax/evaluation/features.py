@@ -1,40 +1,90 @@
-"""Features that a Fréchet distance is measured in: raw pixels, or any network of the user's."""
+"""Features that distances are measured in: raw pixels, Inception, VGG16, or the user's own."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from dmd_jax.errors import UserError
+from dmd_jax.auxiliary import INCEPTION, LPIPS, describe_auxiliary, how_to_make, load_auxiliary
+from dmd_jax.data.images import bytes_to_float
+from dmd_jax.errors import UserError, first_line
+from dmd_jax.files import file_sha256
+from dmd_jax.generation import pad_rows
+from dmd_jax.models.inception import class_logits, pool3
+from dmd_jax.models.lpips import vgg16_features
+from dmd_jax.pictures import to_uint8
+from dmd_jax.sharding import batch_sharding, make_mesh, place, replicated
 
-FeatureExtractor = Callable[[np.ndarray], np.ndarray]
+BATCH_PER_DEVICE = 64
 
 
-def feature_extractor(name: str) -> FeatureExtractor:
-    """The function that turns images into features.
+class Features(NamedTuple):
+    """What turns images into vectors.
+
+    `extract` raises a UserError if the images do not fit, or if the user's function returns
+    anything but N rows of numbers.
+    """
+
+    name: str
+    extract: Callable[[np.ndarray], np.ndarray]  # images [N, H, W, C] in [-1, 1] -> [N, D]
+    # Whether `extract` sees the images as bytes by EDM's rule, as published figures do.
+    on_bytes: bool
+    logits: Callable[[np.ndarray], np.ndarray] | None  # features [N, D] -> [N, classes]
+    # (H, W, C) -> D; a UserError if such images do not fit.
+    dimensions: Callable[[tuple[int, ...]], int]
+    # What the features depend on besides their name, such as the SHA-256 of a file; JSON-able.
+    origin: dict[str, Any]
+
+
+def feature_extractor(
+    name: str,
+    *,
+    inception: Path | None = None,
+    lpips: Path | None = None,
+    preprocessing: str = "pytorch_fid",
+    resolution: int = 224,
+    repeat_grey: bool = False,
+) -> Features:
+    """The features of a name.
 
     Args:
-      name: "pixels" (each image flattened: for tiny images), or "package.module:function", which
-        is imported. That function takes images, float32 [N, H, W, C] in [-1, 1], and returns
+      name: "pixels" (each image flattened: for tiny images); "inception" (FID's pool3, D 2048);
+        "vgg16" (the spatial mean of relu5_3, D 512); or "package.module:function", which is
+        imported. That function takes images, float32 [N, H, W, C] in [-1, 1], and returns
         features [N, D]; whatever weights it needs it loads itself, once.
+      inception, lpips: the files of `dmd-jax convert`, for "inception" and "vgg16".
+      preprocessing: of "inception", as `models.inception.pool3` says.
+      resolution: what "vgg16" resizes images to, in pixels; 0 leaves them as they are.
+      repeat_grey: show grey images to "inception" and "vgg16" as three equal channels.
 
     Returns:
-      fn(images [N, H, W, C]) -> features [N, D], float32 or float64. It raises a UserError if the
-      user's function returns anything but N rows of numbers.
+      Features; their vectors are float32 or float64. "inception" and "vgg16" run in float32 on
+      this process's devices, the batch split over them.
 
     Raises:
-      UserError: the name has another form, or cannot be imported, or is no function.
+      UserError: the name has another form, or cannot be imported, or is no function; a file is
+        not given or not what it should be.
     """
     if name == "pixels":
-        return _pixels
+        return Features(name, _pixels, False, None, lambda shape: math.prod(shape), {})
+    if name == "inception":
+        return _inception(inception, preprocessing, repeat_grey)
+    if name == "vgg16":
+        return _vgg16(lpips, resolution, repeat_grey)
     module_name, colon, function_name = name.partition(":")
     if not (module_name and colon and function_name):
         raise UserError(
-            f'features "{name}": unknown, expected "pixels" or "package.module:function"'
+            f'features "{name}": unknown, expected "pixels", "inception", "vgg16" or '
+            '"package.module:function"'
         )
-    return _checked(name, _imported(name, module_name, function_name))
+    return _users_own(name, module_name, function_name)
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
@@ -42,14 +92,101 @@ def _pixels(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1)
 
 
-def _imported(name: str, module_name: str, function_name: str) -> Callable:
+def _inception(path: Path | None, preprocessing: str, repeat_grey: bool) -> Features:
+    if path is None:
+        raise UserError(f'features "inception" need --inception FILE; {how_to_make(INCEPTION)}')
+    params = load_auxiliary(path, INCEPTION)
+    return _of_network(
+        "inception",
+        functools.partial(pool3, preprocessing=preprocessing),
+        params,
+        lambda pixels: pixels.astype(np.float32),
+        lambda features: np.asarray(class_logits(params, features)),
+        _origin(path, INCEPTION) | {"preprocessing": preprocessing, "repeat_grey": repeat_grey},
+    )
+
+
+def _vgg16(path: Path | None, resolution: int, repeat_grey: bool) -> Features:
+    if path is None:
+        raise UserError(f'features "vgg16" need --lpips FILE; {how_to_make(LPIPS)}')
+    return _of_network(
+        "vgg16",
+        functools.partial(vgg16_features, resolution=resolution or None),
+        load_auxiliary(path, LPIPS),
+        bytes_to_float,
+        None,
+        _origin(path, LPIPS) | {"resolution": resolution, "repeat_grey": repeat_grey},
+    )
+
+
+def _origin(path: Path, kind: str) -> dict[str, Any]:
+    metadata = describe_auxiliary(path, kind)
+    return {key: metadata[key] for key in ("source", "source_sha256", "recognised")}
+
+
+def _of_network(
+    name: str,
+    network: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    prepare: Callable[[np.ndarray], np.ndarray],
+    logits: Callable[[np.ndarray], np.ndarray] | None,
+    origin: dict[str, Any],
+) -> Features:
+    """Features of a network that takes what `prepare` makes of uint8 [N, H, W, 3]."""
+    run = _on_devices(network, params)
+
+    def dimensions(shape: tuple[int, ...]) -> int:
+        *sides, channels = shape
+        if channels == 1 and origin["repeat_grey"]:
+            channels = 3
+        if channels != 3:
+            hint = "; --repeat-grey shows grey images as three" if channels == 1 else ""
+            raise UserError(
+                f'features "{name}": images of shape {shape}, expected three channels{hint}'
+            )
+        image = jax.ShapeDtypeStruct((1, *sides, channels), np.float32)
+        return jax.eval_shape(network, params, image).shape[1]
+
+    def extract(images: np.ndarray) -> np.ndarray:
+        dimensions(images.shape[1:])
+        pixels = to_uint8(images)
+        repeats = 3 // pixels.shape[-1]
+        return run(prepare(np.repeat(pixels, repeats, axis=-1)))
+
+    return Features(name, extract, True, logits, dimensions, origin)
+
+
+def _on_devices(
+    function: Callable[[Any, jax.Array], jax.Array], params: Any
+) -> Callable[[np.ndarray], np.ndarray]:
+    """images [N, …] -> rows [N, …], the batch split over this process's devices."""
+    devices = jax.local_devices()
+    mesh = make_mesh(devices=devices)
+    sharding = batch_sharding(mesh)
+    params = place(params, jax.tree.map(lambda _: replicated(mesh), params))
+    apply = jax.jit(function, out_shardings=sharding)
+    largest = BATCH_PER_DEVICE * len(devices)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        parts = []
+        for start in range(0, len(images), largest):
+            rows = images[start : start + largest]
+            # Powers of two, so that rests of all lengths share a few compiled programs.
+            per_device = 1 << (-(-len(rows) // len(devices)) - 1).bit_length()
+            batch = jax.device_put(pad_rows(rows, per_device * len(devices)), sharding)
+            parts.append(np.asarray(apply(params, batch))[: len(rows)])
+        return np.concatenate(parts)
+
+    return run
+
+
+def _users_own(name: str, module_name: str, function_name: str) -> Features:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises while it is imported
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
-            f'features "{name}": {module_name} cannot be imported ({reason}), '
-            "expected a module on the Python path"
+            f'features "{name}": {module_name} cannot be imported '
+            f"({type(error).__name__}: {first_line(error)}), expected a module on the Python path"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -57,10 +194,19 @@ def _imported(name: str, module_name: str, function_name: str) -> Callable:
             f'features "{name}": {module_name} has no function "{function_name}", '
             "expected one that takes images and returns features"
         )
-    return function
+    extract = _checked(name, function)
+    file = getattr(module, "__file__", None) or ""
+    return Features(
+        name,
+        extract,
+        False,
+        None,
+        lambda shape: extract(np.zeros((1, *shape), np.float32)).shape[1],
+        {"module_sha256": file_sha256(file)} if Path(file).is_file() else {},
+    )
 
 
-def _checked(name: str, function: Callable) -> FeatureExtractor:
+def _checked(name: str, function: Callable) -> Callable[[np.ndarray], np.ndarray]:
     def extract(images: np.ndarray) -> np.ndarray:
         images = np.asarray(images, np.float32)
         features = np.asarray(function(images))

@@ -19,13 +19,13 @@ from dmd_jax.errors import UserError
 class Statistics:
     """Count, mean and unbiased covariance of feature vectors; `a + b` is that of both together.
 
-    A published reference needs no features: `Statistics(50_000, mu, sigma)`.
+    A published reference needs no features: `Statistics(None, mu, sigma)`.
 
     Raises:
       UserError: mean and covariance do not fit each other, or hold values that are not finite.
     """
 
-    count: int
+    count: int | None  # None: unknown, as where only moments were published
     mean: np.ndarray  # [D] float64
     covariance: np.ndarray  # [D, D] float64, divided by count - 1; zero where count is 1
 
@@ -37,7 +37,7 @@ class Statistics:
                 f"feature statistics: mean {mean.shape} and covariance {covariance.shape}, "
                 "expected shapes (D,) and (D, D)"
             )
-        if self.count < 1:
+        if self.count is not None and self.count < 1:
             raise UserError(f"feature statistics: count is {self.count}, expected at least 1")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise UserError("feature statistics: a value is not finite, expected numbers")
@@ -68,9 +68,11 @@ class Statistics:
         """Merges without going through raw second moments, which would cancel (Chan et al. 1979).
 
         Raises:
-          UserError: the two have different dimensions.
+          UserError: the two have different dimensions, or a count is unknown.
         """
         _require_equal_dimensions(self, other)
+        if self.count is None or other.count is None:
+            raise UserError("feature statistics: a count is unknown, expected one to merge them by")
         count = self.count + other.count
         shift = other.mean - self.mean
         scatter = (
@@ -103,19 +105,19 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     rounding, not negative: no square root of a non-symmetric matrix is taken, and covariances of
     any rank do. Source: Dowson and Landau 1982; arXiv 1706.08500, Eq. 6.
 
-    Warns where a covariance was estimated from no more samples than it has dimensions: the
-    distance is then mostly estimation bias.
+    Warns where a covariance is known to be estimated from no more samples than it has dimensions:
+    the distance is then mostly estimation bias.
 
     Raises:
       UserError: the two have different dimensions.
     """
     _require_equal_dimensions(a, b)
     dimensions = a.mean.size
-    fewest = min(a.count, b.count)
-    if fewest <= dimensions:
+    fewest = min((count for count in (a.count, b.count) if count is not None), default=None)
+    if fewest is not None and fewest <= dimensions:
         warnings.warn(
-            f"Fréchet distance of {dimensions}-dimensional features from {fewest} samples: "
-            f"a covariance needs more than {dimensions}",
+            f"Fréchet distance of {dimensions}-dimensional features from {fewest} samples: a "
+            f"covariance needs more than {dimensions}, so the distance is mostly estimation bias",
             stacklevel=2,
         )
     eigenvalues, eigenvectors = np.linalg.eigh(a.covariance)

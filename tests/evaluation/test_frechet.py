@@ -98,6 +98,16 @@ def test_too_few_samples_warn():
         frechet_distance(Statistics.of(features), enough)
 
 
+def test_moments_of_an_unknown_count_warn_of_our_own_samples_alone(recwarn):
+    published = Statistics(None, np.zeros(8), np.eye(8))
+    enough = Statistics(9, np.zeros(8), np.eye(8))
+    assert frechet_distance(enough, published) < 1e-12 and not recwarn
+    with pytest.warns(UserWarning, match="8-dimensional features from 8 samples: a covariance"):
+        frechet_distance(Statistics(8, np.zeros(8), np.eye(8)), published)
+    with pytest.raises(UserError, match="a count is unknown"):
+        enough + published
+
+
 def test_other_dimensions_are_refused():
     a, b = Statistics.of(np.eye(3)), Statistics.of(np.eye(4))
     with pytest.raises(UserError, match="3 dimensions against 4"):

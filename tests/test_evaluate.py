@@ -1,0 +1,278 @@
+"""`dmd-jax evaluate`: what it measures, that it goes on where it stopped, and what it refuses."""
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from commands import fails, finish, free_port, start, succeeds
+
+from dmd_jax import samplers
+from dmd_jax.cli import main
+from dmd_jax.data.images import open_images
+from dmd_jax.evaluation import collect
+from dmd_jax.evaluation.frechet import Statistics, frechet_distance
+from dmd_jax.evaluation.precision_recall import precision_recall
+from dmd_jax.generation import draw_labels, draw_latents
+from dmd_jax.models import build_denoiser
+from dmd_jax.schedules import NoiseSchedule
+from dmd_jax.weights import load_weights
+
+PLUG = """
+import numpy as np
+
+def halves(images):
+    return images.reshape(len(images), 2, -1).mean(axis=2)
+
+def undefined(images):
+    return np.full((len(images), 2), np.nan)
+"""
+
+
+@pytest.fixture
+def plug(tmp_path, monkeypatch):
+    (tmp_path / "my_features.py").write_text(PLUG)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def evaluate(weights, out, *more):
+    """The arguments of a small evaluation: parts of 64 samples."""
+    common = ("--weights", weights, "--reference", "digits", "--batch-size", 32, "--out", out)
+    return ("evaluate", *common, *more)
+
+
+def measured(weights, out, *more):
+    succeeds(*evaluate(weights, out, *more))
+    return json.loads(out.read_text())
+
+
+def interrupts(*argv):
+    return main([str(argument) for argument in argv]) == 130
+
+
+def start_two(*argv):
+    """The same command in two processes of four devices."""
+    join = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process")
+    return [start(*argv, *join, index, devices=4) for index in range(2)]
+
+
+def test_figures_are_those_of_the_samples_and_the_reals(trained, plug, tmp_path):
+    results = measured(
+        trained,
+        tmp_path / "results.json",
+        *("--num", 300, "--seed", 5, "--features", "pixels", "--features", "my_features:halves"),
+        *("--samples", tmp_path / "samples.npz"),
+    )
+    z, labels = draw_latents(5, 0, 300, (8, 8, 1)), draw_labels(5, 0, 300, 10)
+    weights = load_weights(trained)
+    denoise = build_denoiser(weights.network).denoise
+    expected = jax.jit(
+        lambda p, z: samplers.one_step(denoise, p, z, labels, schedule=NoiseSchedule.edm())
+    )(weights.params, z)
+    with np.load(tmp_path / "samples.npz") as samples:
+        images = samples["images"]
+        np.testing.assert_array_equal(samples["labels"], labels)
+        np.testing.assert_allclose(images, expected, atol=1e-5 * np.abs(expected).max())
+    digits = open_images("digits")
+    real = np.stack([digits[index]["x0"] for index in range(1797)])
+    for name, vectors in (
+        ("pixels", lambda x: x.reshape(len(x), -1)),
+        ("my_features:halves", lambda x: x.reshape(len(x), 2, -1).mean(axis=2)),
+    ):
+        found = results["features"][name]
+        ours, theirs = vectors(images), vectors(real)
+        np.testing.assert_allclose(
+            found["frechet_distance"],
+            frechet_distance(Statistics.of(ours), Statistics.of(theirs)),
+            rtol=1e-9,
+        )
+        shares = precision_recall(theirs, ours)
+        np.testing.assert_allclose((found["precision"], found["recall"]), shares, atol=1e-12)
+        assert found["feature_dimensions"] == ours.shape[1]
+    assert results["num_samples"] == 300 and results["num_reference"] == 1797
+    assert results["num_steps"] == 1 and results["sampler"] == "one-step"
+    assert results["seed"] == 5 and results["reference"] == "digits"
+    assert results["seconds_per_image"] > 0 and "at step 12" in results["weights"]
+    assert "CPU cores" in results["machine"] and results["command"].startswith("dmd-jax")
+    assert not (tmp_path / "results.parts").exists()
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_figures(
+    trained, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "results.json"
+    whole = measured(trained, tmp_path / "whole.json", "--num", 200)
+    latents, drawn = collect.draw_latents, []
+
+    def interrupted(seed, start, stop, shape):
+        drawn.append(start)
+        if drawn == [0, 64, 128]:
+            raise KeyboardInterrupt
+        return latents(seed, start, stop, shape)
+
+    monkeypatch.setattr(collect, "draw_latents", interrupted)
+    assert interrupts(*evaluate(trained, out, "--num", 200))
+    assert not out.exists()
+    kept = sorted(path.name for path in (tmp_path / "results.parts").glob("samples-*"))
+    assert kept == ["samples-00000.npz", "samples-00001.npz"]
+    capsys.readouterr()
+    assert measured(trained, out, "--num", 200)["features"] == whole["features"]
+    assert drawn == [0, 64, 128, 128, 192]
+    assert "evaluate: going on after 128 of 200" in capsys.readouterr().err
+    assert not (tmp_path / "results.parts").exists()
+
+
+def test_parts_of_other_settings_are_kept_and_refused(trained, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results.json"
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "draw_latents", stop)
+        assert interrupts(*evaluate(trained, out, "--num", 100))
+    line = fails(capsys, *evaluate(trained, out, "--num", 101, "--seed", 3))
+    assert "results.parts holds parts of another evaluation" in line
+    assert "num_samples 100 there, 101 asked for; seed 0 there, 3 asked for" in line
+    line = fails(capsys, *evaluate(trained, out, "--num", 100, "--num-reference", 50))
+    assert "'chosen': 1797" in line
+    assert list((tmp_path / "results.parts").glob("reference-*"))
+
+
+def test_sigterm_stops_every_process_and_leaves_whole_parts(trained, tmp_path):
+    out, folder = tmp_path / "results.json", tmp_path / "results.parts"
+    arguments = evaluate(trained, out, "--num", 100_000, "--sampler", "heun", "--steps", 3)
+    processes = start_two(*arguments)
+    deadline = time.monotonic() + 200
+    while not list(folder.glob("samples-*")):
+        assert all(process.poll() is None for process in processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        finish(process, code=-signal.SIGTERM)
+    assert not out.exists()
+    for path in folder.glob("samples-*"):
+        with np.load(path) as part:
+            assert part["features_0"].shape == (64, 64)
+
+
+def test_two_processes_measure_what_one_does(trained, tmp_path):
+    more = ("--num", 300, "--samples")
+    one = measured(trained, tmp_path / "one.json", *more, tmp_path / "one.npz")
+    arguments = evaluate(trained, tmp_path / "two.json", *more, tmp_path / "two.npz")
+    outputs = [finish(process) for process in start_two(*arguments)]
+    assert "Fréchet distance" in outputs[0] and "Fréchet distance" not in outputs[1]
+    two = json.loads((tmp_path / "two.json").read_text())
+    for key, expected in one["features"]["pixels"].items():
+        np.testing.assert_allclose(two["features"]["pixels"][key], expected, rtol=1e-5)
+    with np.load(tmp_path / "one.npz") as first, np.load(tmp_path / "two.npz") as second:
+        np.testing.assert_array_equal(second["labels"], first["labels"])
+        np.testing.assert_allclose(second["images"], first["images"], atol=1e-5)
+    assert not (tmp_path / "two.parts").exists()
+
+
+def test_saved_statistics_serve_as_reference(trained, tmp_path):
+    path = tmp_path / "digits.npz"
+    images = measured(
+        trained, tmp_path / "a.json", "--num", 100, "--save-reference", path, "--num-reference", 900
+    )
+    saved = measured(trained, tmp_path / "b.json", "--num", 100, "--reference", path)
+    assert saved["num_reference"] == images["num_reference"] == 900
+    found, expected = (results["features"]["pixels"] for results in (saved, images))
+    assert found["frechet_distance"] == expected["frechet_distance"]
+    assert "precision" in expected and "precision" not in found and "recall" not in found
+
+
+def test_networks_see_grey_images_if_they_may(trained, lpips_file, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    vgg16 = ("--features", "vgg16", "--lpips", lpips_file, "--vgg-resolution", 16)
+    line = fails(capsys, *evaluate(trained, out, *vgg16, "--num", 40))
+    assert "three channels; --repeat-grey" in line
+    results = measured(trained, out, *vgg16, "--repeat-grey", "--num", 40, "--num-reference", 40)[
+        "features"
+    ]["vgg16"]
+    assert results["feature_dimensions"] == 512 and results["frechet_distance"] > 0
+    assert results["origin"]["source"] and len(results["origin"]["source_sha256"]) == 64
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert warnings == [
+        "dmd-jax: warning: Fréchet distance of 512-dimensional features from 40 samples: a "
+        "covariance needs more than 512, so the distance is mostly estimation bias"
+    ]
+
+
+def test_inception_brings_its_score(trained, tmp_path, monkeypatch):
+    from dmd_jax.evaluation import features
+
+    metadata = {"source": "a.pth", "source_sha256": "12", "recognised": "yes"}
+    monkeypatch.setattr(features, "load_auxiliary", lambda path, kind: {"w": np.eye(3)})
+    monkeypatch.setattr(features, "describe_auxiliary", lambda path, kind: metadata)
+    monkeypatch.setattr(
+        features, "pool3", lambda params, x, preprocessing: x.mean((1, 2)) @ params["w"]
+    )
+    monkeypatch.setattr(features, "class_logits", lambda params, x: x[:, :1] * [0.0, 0.1, 0.3])
+    inception = ("--features", "inception", "--inception", "file", "--repeat-grey")
+    out = tmp_path / "results.json"
+    found = measured(trained, out, "--num", 100, *inception)["features"]["inception"]
+    score = found["inception_score"]
+    assert 1 <= score["mean"] < 3 and 0 <= score["std"] < 1
+    assert found["origin"]["preprocessing"] == "pytorch_fid"
+
+
+def test_bfloat16_makes_nearly_the_same_images(trained, tmp_path):
+    images = []
+    for dtype in ("float32", "bfloat16"):
+        path = tmp_path / f"{dtype}.npy"
+        succeeds("sample", "--weights", trained, "--num", 8, "--dtype", dtype, "--out", path)
+        images.append(np.load(path))
+    difference = np.abs(images[0] - images[1]).max()
+    assert 1e-5 < difference < 0.1 * np.abs(images[0]).max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num", 1), "--num 1; expected at least 2"),
+        (("--precision-recall", -1), "--precision-recall -1"),
+        (("--out", "results.txt"), "--out results.txt: expected a name that ends in .json"),
+        (("--samples", "s.png"), "--samples s.png: expected a name that ends in .npz"),
+        (("--save-reference", "s.json"), "--save-reference s.json: expected"),
+        (("--save-reference", "s.npz", "--features", "a:b", "--features", "c:d"), "one of the"),
+        (("--features", "fid"), 'features "fid": unknown'),
+        (("--features", "inception"), "need --inception FILE"),
+        (("--features", "vgg16"), "need --lpips FILE"),
+        (("--dtype", "float16"), "--dtype"),
+        (("--reference", "no_such_folder"), "no_such_folder: no such file or folder"),
+        (("--processes", 2), "--processes and --process need --coordinator"),
+    ],
+)
+def test_bad_arguments_are_refused(trained, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, *evaluate(trained, "results.json", *arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def test_references_that_do_not_fit_are_refused(trained, tmp_path, capsys):
+    path, out = tmp_path / "r.npz", tmp_path / "results.json"
+    np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
+    line = fails(capsys, *evaluate(trained, out, "--reference", path))
+    assert "another dimension" in line and "expected (64,) and (64, 64) as pixels" in line
+    np.savez(path, mu=np.zeros(64), sigma=np.eye(64))
+    line = fails(capsys, *evaluate(trained, out, "--reference", path, "--num-reference", 9))
+    assert "holds no images to choose from" in line
+    again = tmp_path / "again.npz"
+    line = fails(capsys, *evaluate(trained, out, "--reference", path, "--save-reference", again))
+    assert "--save-reference" in line and "expected images" in line
+    np.savez(path, images=np.zeros((9, 8, 8, 3), np.uint8))
+    line = fails(capsys, *evaluate(trained, out, "--reference", path))
+    assert "(8, 8, 3); expected (8, 8, 1)" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["r.npz"]
+
+
+def test_features_that_are_not_finite_are_refused(trained, plug, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    line = fails(capsys, *evaluate(trained, out, "--features", "my_features:undefined"))
+    assert 'features "my_features:undefined" of real images 0 to 511 hold NaN' in line
