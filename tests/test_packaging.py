@@ -94,8 +94,9 @@ def test_wheel_holds_the_package_its_data_and_the_configs(wheel):
     assert "dmd_jax/assets/a/b/probe.safetensors" in names
     for path in (PACKAGE / "assets").rglob("*"):
         assert path.is_dir() or str(path.relative_to(ROOT)) in names
-    for path in (ROOT / "configs").glob("*.py"):
-        assert f"dmd_jax-0.1.0.data/data/share/dmd_jax/configs/{path.name}" in names
+    for path in (ROOT / "configs").rglob("*.py"):
+        name = path.relative_to(ROOT / "configs")
+        assert f"dmd_jax-0.1.0.data/data/share/dmd_jax/configs/{name}" in names
     assert "dmd_jax-0.1.0.dist-info/licenses/LICENSE" in names
 
 
@@ -118,8 +119,9 @@ def test_pins_satisfy_what_is_required(metadata):
     requirements = required(metadata)
     pinned = pins("requirements.txt")
     oracle = pins("tests/requirements-torch.txt")
-    for requirement in requirements[""] + requirements["tfds"] + requirements["test"]:
-        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
+    for extra in ("", "lpips", "tfds", "test"):
+        for requirement in requirements[extra]:
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
     for requirement in requirements["torch"]:
         assert requirement.specifier.contains(oracle[canonicalize_name(requirement.name)])
     assert not pinned.keys() & oracle.keys()

@@ -19,7 +19,7 @@ from dmd_jax.errors import UserError, first_line
 
 FORMS = (
     '"digits", a folder or .zip of PNG files, an .npz, an idx file or a folder of them, '
-    "or tfds:NAME[/CONFIG]:SPLIT"
+    'or tfds:NAME[/CONFIG]:SPLIT, and "pad2:" before any of these'
 )
 MAX_CLASSES = 1_000_000
 CHECKED_AT_OPENING = 128
@@ -50,14 +50,18 @@ def open_images(source: str, *, resolution: int | None = None) -> ImageSource:
         split, or with "#test" after the folder its test split); labels from the label file
         beside it, if there is one;
         "tfds:NAME[/CONFIG][:VERSION]:SPLIT": a TensorFlow data set that was prepared as
-        ArrayRecord under TFDS_DATA_DIR; nothing is downloaded and TensorFlow is not needed.
+        ArrayRecord under TFDS_DATA_DIR; nothing is downloaded and TensorFlow is not needed;
+        "padN:" and one of these: its images with N black pixels more at each side, so that
+        pad2 makes MNIST's 28x28 the 32x32 that networks halve.
       resolution: the expected H = W in pixels; None takes any.
 
     Raises UserError, naming the file or key, for what cannot be read, is empty, or has not one
     square shape. At most 128 PNG files, evenly spread, are read for that at once; the others
     are checked as they are read.
     """
-    if source == "digits":
+    if padded := re.match(r"pad(\d+):", source):
+        images = PaddedSource(open_images(source[padded.end() :]), int(padded[1]))
+    elif source == "digits":
         images = _open_digits()
     elif source.startswith("tfds:"):
         images = TfdsSource(source)
@@ -95,6 +99,24 @@ class ArraySource:
         x0 = self._images[index]
         x0 = bytes_to_float(x0) if x0.dtype == np.uint8 else x0
         return {"x0": x0, "label": self._labels[index]}
+
+
+class PaddedSource:
+    """Another source's images with `padding` black pixels at each side."""
+
+    def __init__(self, images: ImageSource, padding: int):
+        self._images, self._padding = images, padding
+        self.num_classes = images.num_classes
+        height, width, channels = images.sample_shape
+        self.sample_shape = (height + 2 * padding, width + 2 * padding, channels)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        example = self._images[index]
+        edges = ((self._padding, self._padding),) * 2 + ((0, 0),)
+        return example | {"x0": np.pad(example["x0"], edges, constant_values=-1)}
 
 
 class PngSource:

@@ -31,6 +31,7 @@ def get_config():
     config.learning_rate = 1e-3
     config.fake_score_learning_rate = 1e-3
     config.warmup_steps = 2
+    config.distance = "l2"
     config.ema_decay = 0.9
     config.log_every = 4
     config.picture_every = 12

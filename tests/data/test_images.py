@@ -93,6 +93,20 @@ def test_damaged_npz_is_a_user_error_wherever_it_is_cut(tmp_path):
             open_images(str(tmp_path / "cut.npz"))
 
 
+def test_padding_adds_black_pixels_at_each_side(tmp_path):
+    path = write_npz(tmp_path / "a.npz", images=np.full((2, 3, 3, 1), 255, np.uint8))
+    source = open_images(f"pad2:{path}", resolution=7)
+    assert (len(source), source.sample_shape, source.num_classes) == (2, (7, 7, 1), 0)
+    expected = np.full((7, 7, 1), -1, np.float32)
+    expected[2:5, 2:5] = 1
+    np.testing.assert_array_equal(source[1]["x0"], expected)
+    assert source[1]["x0"].dtype == np.float32 and source[1]["label"] == 0
+    with pytest.raises(UserError, match="7x7, expected resolution 8"):
+        open_images(f"pad2:{path}", resolution=8)
+    with pytest.raises(UserError, match="padx:.*no such file or folder"):
+        open_images(f"padx:{path}")
+
+
 def test_the_expected_resolution(tmp_path):
     path = write_npz(tmp_path / "a.npz", images=IMAGES)
     assert open_images(path, resolution=4).sample_shape == (4, 4, 1)
