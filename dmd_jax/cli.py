@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,11 +14,13 @@ from dmd_jax.errors import Stopped, UserError
 
 COMMANDS = {
     "quickstart": "digits from end to end: pairs, distillation, evaluation and a report",
+    "convert": "read the weights of other projects: EDM, LPIPS, Inception",
     "teacher": "train an EDM teacher on your images",
     "pairs": "write the teacher's noise-image pairs",
     "train": "distil the teacher into a one-step generator",
     "sample": "make images from weights",
     "evaluate": "measure the Fréchet distance of a model's samples to real images",
+    "ablate": "train the rows of the paper's Table 2, several seeds each, and compare them",
     "toy": "the two-mode mixture of the paper's Figure 3",
 }
 
@@ -71,6 +74,17 @@ def dispatch(argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {overrides[0]!r}; see {parser.prog} --help")
     args.overrides = overrides
     command.run(args)
+
+
+def run_step(*argv: object) -> None:
+    """Runs a command as one step of another, which is shown as a user would type it.
+
+    Raises:
+      UserError, Stopped: as `dispatch`.
+    """
+    argv = [str(argument) for argument in argv]
+    print("$ dmd-jax " + shlex.join(argv), file=sys.stderr)
+    dispatch(argv)
 
 
 def usage() -> str:

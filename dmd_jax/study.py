@@ -1,0 +1,143 @@
+"""The parts of an ablation study: what is trained and evaluated where, and what is finished."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dmd_jax.ablations import apply_row, row_overrides
+from dmd_jax.cli import run_step
+from dmd_jax.errors import UserError
+from dmd_jax.files import write_json
+from dmd_jax.generation import ImageMaker, draw_latents
+from dmd_jax.weights import load_weights
+
+COLUMNS = 20  # images of a row in the picture
+
+
+class Study(NamedTuple):
+    """What all rows share; each method is one part, done where it is not finished."""
+
+    config: ConfigDict
+    arguments: list[str]  # --config and its overrides, which gave `config`
+    evaluate: list[str]  # arguments of `dmd-jax evaluate` for every row
+    teacher_sha256: str
+    workdir: Path
+
+    @property
+    def samples_seed(self) -> int:
+        """Of the latents that everything is judged by, which the pairs do not hold."""
+        return self.config.pairs.seed + 1
+
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """{name: evaluate's results} of the teacher in many steps and in one."""
+        teacher = Path(self.config.teacher.weights)
+        steps = str(self.config.pairs.num_steps)
+        return {
+            name: self._evaluated(self.workdir / name, teacher, sampler)
+            for name, sampler in (
+                ("teacher", ["--sampler", "heun", "--steps", steps]),
+                ("teacher_one_step", ["--sampler", "one-step"]),
+            )
+        }
+
+    def make_pairs(self) -> Path:
+        """The folder of the pairs, which are made where the config names none."""
+        if self.config.pairs.folder:
+            return Path(self.config.pairs.folder)
+        folder = self.workdir / "pairs"
+        run_step("pairs", *self.arguments, "--workdir", folder)
+        return folder
+
+    def run_row(self, row: str, seed: int, pairs: Path) -> dict[str, Any]:
+        """evaluate's results of one row, trained from one seed."""
+        folder = self.folder(row, seed)
+        config = apply_row(self.config, row)
+        config.seed = seed
+        # What these paths lead to is known by its content: another teacher's rows are refused.
+        config.teacher.weights = config.pairs.folder = ""
+        overrides = [
+            *row_overrides(self.config, row),
+            f"--config.seed={seed}",
+            f"--config.pairs.folder={pairs}",
+        ]
+        train = ["train", *self.arguments, *overrides, "--workdir", folder]
+        return self._evaluated(
+            folder,
+            folder / "weights",
+            ["--sampler", "one-step"],
+            train=train,
+            config=json.loads(json.dumps(config.to_dict())),
+        )
+
+    def folder(self, row: str, seed: int) -> Path:
+        """The workdir of one row's run."""
+        return self.workdir / row / f"seed-{seed}"
+
+    def images(self, rows: Sequence[str], seed: int) -> dict[str, np.ndarray]:
+        """{label: [COLUMNS, H, W, C]} of the teacher and of each row, from the same latents."""
+        teacher, steps = Path(self.config.teacher.weights), self.config.pairs.num_steps
+        makers = {
+            f"teacher, {steps} steps": (teacher, "heun"),
+            "teacher, one step": (teacher, "one-step"),
+        }
+        makers |= {row: (self.folder(row, seed) / "weights", "one-step") for row in rows}
+        images = {}
+        for label, (folder, sampler) in makers.items():
+            maker = ImageMaker(
+                load_weights(folder), sampler=sampler, num_steps=steps, batch_size=COLUMNS
+            )
+            z = draw_latents(self.samples_seed, 0, COLUMNS, maker.sample_shape)
+            labels = np.arange(COLUMNS, dtype=np.int32) * max(maker.num_classes, 1) // COLUMNS
+            images[label] = maker(z, labels)
+        return images
+
+    def _evaluated(
+        self,
+        folder: Path,
+        weights: Path,
+        sampler: list[str],
+        *,
+        train: Sequence[Any] = (),
+        config: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """What evaluate says of `weights`, once the command `train`, if any, has made them.
+
+        FOLDER/finished.json holds it with all that it follows from, so that it is done once.
+        """
+        arguments = [*self.evaluate, "--seed", str(self.samples_seed), *sampler]
+        settings = {
+            "config": config,
+            "evaluate": arguments,
+            "teacher_sha256": self.teacher_sha256,
+        }
+        path = folder / "finished.json"
+        finished = _read(path)
+        if finished.get("settings") == settings:
+            print(f"ablate: {folder} is finished", file=sys.stderr)
+            return finished["results"]
+        if train:
+            run_step(*train)
+        out = folder / "results.json"
+        run_step("evaluate", "--weights", weights, *arguments, "--out", out)
+        results = _read(out)
+        try:
+            write_json(path, {"settings": settings, "results": results})
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error}") from error
+        return results
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file's content; nothing where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
