@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -14,11 +16,15 @@ from dmd_jax.convert.strict import check_names_and_shapes
 from dmd_jax.errors import UserError
 from dmd_jax.files import replacing
 from dmd_jax.models.inception import inception_template
-from dmd_jax.models.lpips import lpips_template
+from dmd_jax.models.lpips import lpips, lpips_template
 from dmd_jax.weights import params_sha256
 
 LPIPS, INCEPTION = "lpips_vgg16", "fid_inception"
 _TEMPLATES = {LPIPS: lpips_template, INCEPTION: inception_template}
+# The LPIPS distance of `probe_pair` with the published weights, average pooling, no resizing. The
+# tests compute it without this project's networks, from the formula in float64.
+PROBE_DISTANCE = 0.435874
+_TOLERANCE = 1e-5
 _HOW_TO_MAKE = {
     LPIPS: 'make one with: pip install "dmd_jax[lpips]" && dmd-jax convert lpips lpips.safetensors',
     INCEPTION: (
@@ -85,8 +91,9 @@ def load_auxiliary(path: Path, kind: str) -> dict[str, Any]:
       A nested dict of float32 NumPy arrays, of the kind's template.
 
     Raises:
-      UserError: no such file, not a file of ours or of another kind, other names or shapes, or
-        damaged. The message says how to make the file.
+      UserError: no such file, not a file of ours or of another kind, other names or shapes,
+        damaged, or an LPIPS that is not the published one (see check_published). The message says
+        how to make the file.
     """
     metadata = describe_auxiliary(path, kind)
     try:
@@ -105,6 +112,8 @@ def load_auxiliary(path: Path, kind: str) -> dict[str, Any]:
             f"{path} is damaged: its parameters are not of the recorded SHA-256 "
             f"{metadata['params_sha256']}; {how_to_make(kind)}"
         )
+    if kind == LPIPS:  # which file of an Inception is the published one, only its source tells
+        check_published(params, str(path))
     return params
 
 
@@ -133,6 +142,31 @@ def describe_auxiliary(path: Path, kind: str) -> dict[str, str]:
     if missing:
         raise UserError(f"{path} does not record {', '.join(sorted(missing))}; {how_to_make(kind)}")
     return metadata
+
+
+def probe_pair() -> tuple[np.ndarray, np.ndarray]:
+    """Two images of waves, float32 [1, 32, 32, 3] in [-1, 1], the same on every machine."""
+    row, column, channel = np.indices((32, 32, 3))
+    x = np.sin(0.7 * row + 0.3 * column * (channel + 1))
+    y = np.cos(0.2 * row * (channel + 1) - 0.5 * column)
+    return x[None].astype(np.float32), y[None].astype(np.float32)
+
+
+def check_published(params: Any, where: str) -> None:
+    """Refuses weights of the right shapes that are not the published ones.
+
+    Raises:
+      UserError: their distance of `probe_pair` is not PROBE_DISTANCE; begins with `where`.
+    """
+    with jax.default_matmul_precision("highest"):
+        measure = jax.jit(functools.partial(lpips, resolution=None))
+        distance = float(measure(params, *probe_pair())[0])
+    # NaN fails the comparison, and so is refused.
+    if not abs(distance - PROBE_DISTANCE) <= _TOLERANCE:
+        raise UserError(
+            f"{where}: not the published weights of LPIPS v0.1 with VGG16: a known pair of images "
+            f"is {distance:.5f} apart, expected {PROBE_DISTANCE:.5f}; {how_to_make(LPIPS)}"
+        )
 
 
 def _flat(params: Any) -> dict[str, Any]:

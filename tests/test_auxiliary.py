@@ -24,6 +24,7 @@ def params(monkeypatch):
     found = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}, "b": np.ones(2)}
     template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), found)
     monkeypatch.setitem(auxiliary._TEMPLATES, LPIPS, lambda: template)
+    monkeypatch.setattr(auxiliary, "check_published", lambda params, where: None)
     return found
 
 
@@ -115,6 +116,16 @@ def test_changed_parameters_are_refused(path, change, message):
     save_file(flat, path, metadata)
     with pytest.raises(UserError, match=message):
         load_auxiliary(path, LPIPS)
+
+
+def test_an_lpips_that_was_never_published_is_refused(lpips_file, tmp_path):
+    """Its file is whole, and says what it likes."""
+    params = load_auxiliary(lpips_file, LPIPS)
+    params["heads"]["block3"] = 1.01 * params["heads"]["block3"]
+    own = tmp_path / "own.safetensors"
+    save_auxiliary(own, LPIPS, params, source="vgg16.ckpt", source_sha256="ab12")
+    with pytest.raises(UserError, match="own.safetensors: not the published .* expected 0.43587"):
+        load_auxiliary(own, LPIPS)
 
 
 def test_every_truncated_file_is_refused(path, tmp_path):

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from commands import fails, succeeds
 
-from dmd_jax.auxiliary import LPIPS, save_auxiliary
+from dmd_jax.auxiliary import LPIPS, load_auxiliary, save_auxiliary
 from dmd_jax.config import default_config
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import perceptual_of
 from dmd_jax.metrics import read_metrics
-from dmd_jax.models.lpips import lpips_template
 from dmd_jax.weights import load_weights, params_sha256
 
 COLOUR, GREY = (32, 32, 3), (8, 8, 1)
@@ -100,8 +99,9 @@ def test_train_with_lpips_resumes_to_the_same_bits(tiny, lpips_file, capsys, tmp
     assert 0.01 < read_metrics(runs[0])[-1]["loss_regression"] < 2
 
     other = tmp_path / "other.safetensors"
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), lpips_template())
-    save_auxiliary(other, LPIPS, params, source="zeros", source_sha256="0" * 64)
+    params = load_auxiliary(lpips_file, LPIPS)
+    params["heads"]["block1"][0] *= 1 + 1e-6  # LPIPS all the same, to other bits
+    save_auxiliary(other, LPIPS, params, source="other", source_sha256="0" * 64)
     line = fails(capsys, "train", "--workdir", runs[1], f"--config.lpips.weights={other}")
     assert "expected the same teacher and data" in line
     saved = json.loads((runs[1] / "config.json").read_text())["config"]

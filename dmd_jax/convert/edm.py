@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import time
@@ -12,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dmd_jax.config import load_config
 from dmd_jax.convert.edm_pickle import CLASS, read_edm_pickle
 from dmd_jax.convert.safe_pickle import shown
-from dmd_jax.convert.strict import check_names_and_shapes
+from dmd_jax.convert.strict import check_floating, check_names_and_shapes
 from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import file_sha256
@@ -29,8 +29,10 @@ from dmd_jax.weights import Weights, save_weights
 
 _NETWORKS = {"SongUNet": "songunet", "DhariwalUNet": "dhariwal"}
 # Of EDMPrecond's keyword arguments, those that do not change what the network computes when it
-# denoises: they concern training, clamp no sigma in use, or choose a precision.
-_IRRELEVANT = ("label_dropout", "use_fp16", "sigma_min", "sigma_max")
+# denoises: they concern training or choose a precision.
+_IRRELEVANT = ("label_dropout", "use_fp16")
+# Those that would clamp the noise levels of a sampler, and the values at which they do not.
+_UNCLAMPED = {"sigma_min": (0, None), "sigma_max": (math.inf, None)}
 _SECONDS_BETWEEN_UPDATES = 2.0
 
 
@@ -57,9 +59,7 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"{args.source} cannot be read: {first_line(error)}") from error
     out = args.out.resolve()
-    if _is_done(out, sha256):
-        print(f"convert: {args.out} holds {args.source.name} already")
-        return
+    converted = _converted(out, sha256)
     if args.source.suffix == ".pkl":
         kwargs, state_dict = read_edm_pickle(args.source)
     else:
@@ -75,6 +75,14 @@ def run(args: argparse.Namespace) -> None:
         network = network_from_init_kwargs(kwargs)
     else:
         network = load_config(args.config, args.overrides).network.to_dict()
+    if converted is not None:
+        if converted != complete(network):
+            raise UserError(
+                f"{args.out} holds {args.source.name} as another network; expected the same "
+                "--config, or a new or empty folder"
+            )
+        print(f"convert: {args.out} holds {args.source.name} already")
+        return
     params = params_from_state_dict(state_dict, network, consume=True, progress=True)
     source = {"file": args.source.name, "sha256": sha256}
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -88,9 +96,13 @@ def network_from_init_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
       UserError: another network than SongUNet or DhariwalUNet, no img_channels, or an argument that
-        is unknown.
+        is unknown or of a value that no network of ours has.
     """
     options = {key: value for key, value in kwargs.items() if key not in _IRRELEVANT}
+    for key, values in _UNCLAMPED.items():
+        value = options.pop(key, None)
+        if value not in values:
+            raise UserError(f"EDM {key} is {shown(value)}; expected {values[0]}, its default")
     model_type = options.pop("model_type", "DhariwalUNet")  # EDMPrecond's own default
     if not isinstance(model_type, str) or model_type not in _NETWORKS:
         raise UserError(
@@ -139,13 +151,14 @@ def params_from_state_dict(
     expected = {_their_key(path): _their_shape(leaf.shape) for path, leaf in leaves}
     found = {key: value.shape for key, value in state_dict.items() if not _is_filter(key)}
     check_names_and_shapes(found, expected, "EDM state dict does not fit the network")
+    check_floating(state_dict, "EDM state dict")
     _check_filters(state_dict, network.get("resample_filter", (1, 1)))
 
     take = state_dict.pop if consume else state_dict.__getitem__
     meter = Progress("convert", sum(leaf.size for _, leaf in leaves), unit="parameters")
     arrays, done, updated = [], 0, time.monotonic()
     for key in expected:
-        arrays.append(_our_array(key, take(key)))
+        arrays.append(_our_array(take(key)))
         done += arrays[-1].size
         if progress and time.monotonic() - updated > _SECONDS_BETWEEN_UPDATES:
             meter.update(done)
@@ -175,18 +188,21 @@ def _stored_kwargs(path: Path, state_dict: dict[str, np.ndarray]) -> dict[str, A
     return kwargs
 
 
-def _is_done(out: Path, sha256: str) -> bool:
-    """Whether the folder holds this very source, converted; another content is refused."""
+def _converted(out: Path, sha256: str) -> dict[str, Any] | None:
+    """The complete network of the folder, where it holds this very source, converted.
+
+    None: the folder is new or empty. Another content is refused.
+    """
     if not out.exists():
-        return False
+        return None
     try:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         if config["source"]["sha256"] == sha256 and (out / "model.safetensors").is_file():
-            return True
-    except (OSError, ValueError, KeyError, TypeError):
+            return complete(config["network"])
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         pass
     if out.is_dir() and not any(out.iterdir()):
-        return False
+        return None
     raise UserError(f"{out} exists and holds something else; expected a new or empty folder")
 
 
@@ -219,9 +235,7 @@ def _their_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1]
 
 
-def _our_array(key: str, array: np.ndarray) -> np.ndarray:
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise UserError(f"EDM state dict: {key} has type {array.dtype}; expected floating point")
+def _our_array(array: np.ndarray) -> np.ndarray:
     # OIHW -> HWIO, [out, in] -> [in, out]; vectors stay.
     array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
     return np.array(array, dtype=np.float32, order="C")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from dmd_jax.convert.pickled_arrays import NUMPY
 from dmd_jax.convert.safe_pickle import load, shown
-from dmd_jax.convert.torch_tensors import TENSORS, Storage, Tensor, read_legacy
+from dmd_jax.convert.torch_tensors import TENSORS, Storage, Tensor, arrays_of, read_legacy
 from dmd_jax.errors import UserError, first_line
 
 CLASS = "EDMPrecond"
@@ -25,6 +26,7 @@ _VERSION = 6
 _ARGUMENTS = ("img_resolution", "img_channels", "label_dim", "use_fp16")  # that may have no name
 _MOST_VALUES = 200  # of the keyword arguments together
 _DEEPEST = 20
+_MOST_PARTS = 100_000  # parameters, buffers and modules of all modules together
 
 
 @dataclasses.dataclass
@@ -63,7 +65,7 @@ def read_edm_pickle(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     allowed["torch_utils.persistence", "_reconstruct_persistent_obj"] = _reconstruct
     for name in ("ModuleDict", "ModuleList"):
         allowed["torch.nn.modules.container", name] = lambda name=name: _Module(name)
-    allowed["torch.storage", "_load_from_bytes"] = lambda content: _load_storage(content, where)
+    allowed["torch.storage", "_load_from_bytes"] = _storage_loader(where)
     try:
         with path.open("rb") as file:
             found = load(file, allowed=allowed, where=where)
@@ -83,8 +85,7 @@ def read_edm_pickle(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         named = kwargs.get("model_type", getattr(inner, "class_name", None))
         if not isinstance(inner, _Module) or inner.class_name != named:
             raise ValueError(f"model_type {shown(named)} beside a network of another class")
-        state_dict: dict[str, np.ndarray] = {}
-        _collect(network, "", state_dict, set(), _DEEPEST)
+        state_dict = arrays_of(_tensors(network))
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path} holds no network of EDM's: {first_line(error)}") from error
     return kwargs, state_dict
@@ -95,7 +96,7 @@ def _reconstruct(meta: Any) -> _Module:
     if not isinstance(meta, dict) or meta.get("type") != "class":
         raise ValueError("a persistent object that is of no class")
     if meta.get("version") != _VERSION:
-        raise ValueError(f"a persistent object of version {shown(str(meta.get('version')))}")
+        raise ValueError(f"a persistent object of version {shown(meta.get('version'))}")
     if not isinstance(meta.get("class_name"), str):
         raise ValueError("a persistent object whose class has no name")
     module = _Module(meta["class_name"])
@@ -103,14 +104,22 @@ def _reconstruct(meta: Any) -> _Module:
     return module
 
 
-def _load_storage(content: Any, where: str) -> Storage:
+def _storage_loader(where: str) -> Callable[[Any], Storage]:
     """torch.storage._load_from_bytes: a storage in a legacy file of its own."""
-    if not isinstance(content, bytes):
-        raise ValueError("a storage that is not made of bytes")
-    found = read_legacy(content, f"{where}, in a storage")
-    if not isinstance(found, Storage):
-        raise ValueError(f"a {type(found).__name__} in place of a storage")
-    return found
+    known: dict[int, tuple[bytes, Storage]] = {}
+
+    def load_from_bytes(content: Any) -> Storage:
+        if not isinstance(content, bytes):
+            raise ValueError("a storage that is not made of bytes")
+        # The memo can hand the same bytes to every call; kept here, they keep their id.
+        if id(content) not in known:
+            found = read_legacy(content, f"{where}, in a storage")
+            if not isinstance(found, Storage):
+                raise ValueError(f"a {type(found).__name__} in place of a storage")
+            known[id(content)] = content, found
+        return known[id(content)][1]
+
+    return load_from_bytes
 
 
 def _keyword_arguments(network: _Module) -> dict[str, Any]:
@@ -140,29 +149,37 @@ def _plain(value: Any, budget: Any, depth: int) -> Any:
     raise ValueError(f"a keyword argument of type {type(value).__name__}")
 
 
-def _collect(
-    module: _Module, prefix: str, into: dict[str, np.ndarray], seen: set[int], depth: int
-) -> None:
-    """Adds the module's parameters and buffers under the names that a state dict has for them."""
-    if depth < 0 or id(module) in seen:
-        raise ValueError("a module inside itself, or in two places")
-    seen.add(id(module))
-    fleeting = module.state.get("_non_persistent_buffers_set", ())
-    tensors = module.part("_parameters") | {
-        name: value for name, value in module.part("_buffers").items() if name not in fleeting
-    }
-    for name, value in tensors.items():
-        if value is None:  # a layer without this parameter
-            continue
-        if not isinstance(value, Tensor):
-            raise ValueError(f"a {type(value).__name__} in place of a tensor")
-        into[prefix + _checked(name)] = value.array()
-    for name, inner in module.part("_modules").items():
-        if inner is None:
-            continue
-        if not isinstance(inner, _Module):
-            raise ValueError(f"a {type(inner).__name__} in place of a module")
-        _collect(inner, f"{prefix}{_checked(name)}.", into, seen, depth - 1)
+def _tensors(network: _Module) -> dict[str, Tensor]:
+    """The parameters and buffers under the names that a state dict has for them."""
+    found: dict[str, Tensor] = {}
+    waiting, seen, parts = [("", network, _DEEPEST)], set(), 0
+    while waiting:
+        prefix, module, depth = waiting.pop()
+        if depth < 0 or id(module) in seen:
+            raise ValueError("a module inside itself, or in two places")
+        seen.add(id(module))
+        kinds = [module.part(kind) for kind in ("_parameters", "_buffers", "_modules")]
+        parts += sum(map(len, kinds))
+        if parts > _MOST_PARTS:  # one dictionary may be that of many modules
+            raise ValueError(f"modules of more than {_MOST_PARTS:,} parts")
+        parameters, buffers, modules = kinds
+        fleeting = module.state.get("_non_persistent_buffers_set", set())
+        if not isinstance(fleeting, set):
+            raise ValueError(f"a {type(fleeting).__name__} in place of a set")
+        lasting = {name: value for name, value in buffers.items() if name not in fleeting}
+        for name, value in (parameters | lasting).items():
+            if value is None:  # a layer without this parameter
+                continue
+            if not isinstance(value, Tensor):
+                raise ValueError(f"a {type(value).__name__} in place of a tensor")
+            found[prefix + _checked(name)] = value
+        for name, inner in modules.items():
+            if inner is None:
+                continue
+            if not isinstance(inner, _Module):
+                raise ValueError(f"a {type(inner).__name__} in place of a module")
+            waiting.append((f"{prefix}{_checked(name)}.", inner, depth - 1))
+    return found
 
 
 def _checked(name: Any) -> str:

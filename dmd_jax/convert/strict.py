@@ -1,8 +1,11 @@
-"""Names and shapes of a file's arrays: equal to what is expected, or a list of the differences."""
+"""Names, shapes and types of a file's arrays: what is expected, or a line with the difference."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
 
 from dmd_jax.errors import UserError
 
@@ -30,3 +33,10 @@ def check_names_and_shapes(
     ]
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
+
+
+def check_floating(arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises a UserError, beginning with `where`, that names the first array of another type."""
+    for name, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UserError(f"{where}: {name} has type {array.dtype.name}; expected floating point")

@@ -11,8 +11,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dmd_jax.convert.safe_pickle import load, shown
-from dmd_jax.convert.torch_tensors import TENSORS, Storages, Tensor, read_legacy
+from dmd_jax.convert.torch_tensors import TENSORS, Storages, Tensor, arrays_of, read_legacy
 from dmd_jax.errors import UserError, first_line
+
+# Weights compress little; only a file of zeros, or one that is made to fill the memory, has more.
+_MOST_COMPRESSION = 100
 
 
 def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
@@ -26,7 +29,8 @@ def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
       key -> array. PyTorch's bfloat16 is NumPy's "bfloat16" of ml_dtypes.
 
     Raises:
-      UserError: the file cannot be read, is damaged, or holds anything else.
+      UserError: the file cannot be read, is damaged, holds anything else, or claims arrays far
+        larger than it could hold.
     """
     path = Path(path)
     try:
@@ -51,6 +55,14 @@ def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(info.file_size for info in archive.infolist())
+    if claimed > _MOST_COMPRESSION * size:
+        raise UserError(
+            f"{path}: its arrays claim {claimed:,} bytes and the file has {size:,}; expected at "
+            f"most {_MOST_COMPRESSION} times the file"
+        )
     with np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
@@ -66,7 +78,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     for key, value in found.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"{path} holds {shown(value)} as {shown(key)}; {expected}")
-    return {key: value.array() for key, value in found.items()}
+    return arrays_of(found)
 
 
 def _read_zip(path: Path) -> Any:

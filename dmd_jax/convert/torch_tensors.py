@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 _MOST_DIMENSIONS = 16
 _LARGEST_EMPTY = 2**31  # the product of the other axes, in which NumPy must not overflow
+_LARGEST = 2**63
+_MOST_USES = 4  # of a storage's elements on average: weights that are tied have two or three names
 
 _STORAGE_TYPES = {
     ("torch", f"{name}Storage"): np.dtype(dtype).newbyteorder("<")
@@ -69,20 +72,36 @@ class Tensor:
         return np.ascontiguousarray(view).reshape(self.size)  # which would make a scalar [1]
 
 
+def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """The tensors' arrays, by the same names.
+
+    Raises:
+      ValueError: all together have many times the bytes of their storages, of which each view
+        that is not contiguous would be a copy.
+    """
+    storages = {id(each.storage): each.storage for each in tensors.values()}
+    held = sum(each.count * each.dtype.itemsize for each in storages.values())
+    wanted = sum(math.prod(each.size) * each.storage.dtype.itemsize for each in tensors.values())
+    if wanted > _MOST_USES * held:
+        raise ValueError(f"tensors of {wanted:,} bytes in storages of {held:,}")
+    return {name: tensor.array() for name, tensor in tensors.items()}
+
+
 def _rebuild_tensor(storage, offset, size, stride, *_: Any) -> Tensor:
     """torch._utils._rebuild_tensor_v2; what follows concerns gradients.
 
     Raises:
-      ValueError: a view that leaves its storage, or that repeats elements of it.
+      ValueError: a view that leaves its storage, or that has more elements than it.
     """
     if not isinstance(storage, Storage):
         raise ValueError("a tensor without a storage")
     if not (isinstance(size, tuple) and isinstance(stride, tuple)) or len(size) != len(stride):
         raise ValueError("a tensor whose size and stride do not fit")
-    if any(type(each) is not int or each < 0 for each in (offset, *size, *stride)):
-        raise ValueError("a tensor with a negative size, stride or offset")
     if len(size) > _MOST_DIMENSIONS:
         raise ValueError(f"a tensor of {len(size)} dimensions")
+    numbers = (offset, *size, *stride)
+    if any(type(each) is not int or not 0 <= each < _LARGEST for each in numbers):
+        raise ValueError("a tensor with a negative size, stride or offset, or one beyond 63 bits")
     if 0 in size:  # no element is ever looked up
         if math.prod(filter(None, size)) > _LARGEST_EMPTY:
             raise ValueError("an empty tensor of a size that no array has")
@@ -151,16 +170,15 @@ def read_legacy(content: BinaryIO | bytes, where: str) -> Any:
         raise UserError(f"{where}: not a file of PyTorch's; expected its magic number first")
     version = load(stream, allowed={}, where=where)
     if version != _VERSION:
-        raise UserError(
-            f"{where}: PyTorch format version {shown(str(version))}; expected {_VERSION}"
-        )
+        raise UserError(f"{where}: PyTorch format version {shown(version)}; expected {_VERSION}")
     machine = load(stream, allowed={}, where=where)
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise UserError(f"{where}: written by a big-endian machine; expected little-endian")
     storages = Storages()
     found = load(stream, allowed=TENSORS, where=where, persistent_load=storages)
     keys = load(stream, allowed={}, where=where)
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+    texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not texts or sorted(keys) != sorted(storages):
         raise UserError(f"{where}: the storages that follow are not those that its tensors name")
     for key in keys:
         _read_storage(stream, content, storages[key], f"{where}: storage {shown(key)}")

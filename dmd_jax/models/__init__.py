@@ -25,6 +25,7 @@ _NETWORKS = {
     "mlp": MLP,
     "gaussian_mixture": GaussianMixture,
 }
+_SIGMA_DATA = (1e-4, 1e4)
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -50,6 +51,11 @@ def build_denoiser(network: Mapping[str, Any], *, dtype: str = "float32") -> Den
     options = complete(network)
     name = options.pop("name")
     sigma_data = options.pop("sigma_data", None)
+    if sigma_data is not None and not _SIGMA_DATA[0] <= sigma_data <= _SIGMA_DATA[1]:
+        least, most = _SIGMA_DATA
+        raise UserError(
+            f"network {name} option sigma_data is {sigma_data}; expected {least} to {most}"
+        )
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     if not _is_trained(name):
         mixture = GaussianMixture(**options)

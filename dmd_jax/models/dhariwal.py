@@ -19,11 +19,10 @@ from dmd_jax.models.layers import (
     KernelInits,
     UNetBlock,
     augment_embedding,
-    check_input,
-    check_unet,
     conv,
     dense,
 )
+from dmd_jax.models.unet import Levels, check_input, check_unet
 
 _CHANNELS_PER_HEAD = 64
 _EPSILON = 1e-5
@@ -32,11 +31,11 @@ _UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _INITS = KernelInits(hidden=_UNIFORM, last=nn.initializers.zeros, qkv=_UNIFORM)
 
 
-class DhariwalUNet(nn.Module):
+class DhariwalUNet(nn.Module, Levels):
     """The raw network F(x; c_noise, labels); the fields have EDM's names and defaults.
 
     Raises:
-      UserError: a size that is impossible.
+      UserError: an option that is impossible.
     """
 
     img_resolution: int  # height = width; halved len(channel_mult) - 1 times
@@ -57,16 +56,13 @@ class DhariwalUNet(nn.Module):
         check_unet(self)
         for level, mult in enumerate(self.channel_mult):
             features = self.model_channels * mult
-            if self._attends(level, middle=True) and features % _CHANNELS_PER_HEAD:
+            middle = level == len(self.channel_mult) - 1
+            if (middle or self.attends(level)) and features % _CHANNELS_PER_HEAD:
+                size = self.resolution(level)
                 raise UserError(
-                    f"DhariwalUNet attends at {self.img_resolution >> level}x"
-                    f"{self.img_resolution >> level} with {features} channels; "
+                    f"DhariwalUNet attends at {size}x{size} with {features} channels; "
                     f"expected a multiple of {_CHANNELS_PER_HEAD}"
                 )
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return (self.img_resolution, self.img_resolution, self.in_channels)
 
     @nn.compact
     def __call__(
@@ -129,7 +125,7 @@ class DhariwalUNet(nn.Module):
     def _encode(self, x, block):
         skips = []
         for level, mult in enumerate(self.channel_mult):
-            prefix = self._prefix("enc", level)
+            prefix = self.prefix("enc", level)
             if level == 0:
                 features = self.model_channels * mult
                 x = conv(features, 3, name=f"{prefix}_conv", dtype=self.dtype, init=_UNIFORM)(x)
@@ -138,13 +134,13 @@ class DhariwalUNet(nn.Module):
             skips.append(x)
             for index in range(self.num_blocks):
                 features = self.model_channels * mult
-                x = block(x, f"{prefix}_block{index}", features, attention=self._attends(level))
+                x = block(x, f"{prefix}_block{index}", features, attention=self.attends(level))
                 skips.append(x)
         return x, skips
 
     def _decode(self, x, skips, block):
         for level in reversed(range(len(self.channel_mult))):
-            prefix = self._prefix("dec", level)
+            prefix = self.prefix("dec", level)
             if level == len(self.channel_mult) - 1:
                 x = block(x, f"{prefix}_in0", x.shape[-1], attention=True)
                 x = block(x, f"{prefix}_in1", x.shape[-1])
@@ -153,16 +149,8 @@ class DhariwalUNet(nn.Module):
             features = self.model_channels * self.channel_mult[level]
             for index in range(self.num_blocks + 1):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = block(x, f"{prefix}_block{index}", features, attention=self._attends(level))
+                x = block(x, f"{prefix}_block{index}", features, attention=self.attends(level))
         return x
-
-    def _attends(self, level: int, *, middle: bool = False) -> bool:
-        last = middle and level == len(self.channel_mult) - 1
-        return last or (self.img_resolution >> level) in self.attn_resolutions
-
-    def _prefix(self, half: str, level: int) -> str:
-        size = self.img_resolution >> level
-        return f"{half}_{size}x{size}"
 
 
 def _positional_embedding(c_noise: jax.Array, features: int) -> jax.Array:

@@ -21,8 +21,6 @@ from dmd_jax.models.layers import (
     GroupNorm,
     UNetBlock,
     augment_embedding,
-    check_input,
-    check_unet,
     conv,
     dense,
     downsample,
@@ -30,6 +28,7 @@ from dmd_jax.models.layers import (
     positional_embedding,
     upsample,
 )
+from dmd_jax.models.unet import Levels, check_input, check_taps, check_unet
 
 _CHOICES = {
     "embedding_type": ("positional", "fourier"),
@@ -38,14 +37,14 @@ _CHOICES = {
 }
 
 
-class SongUNet(nn.Module):
+class SongUNet(nn.Module, Levels):
     """The raw network F(x; c_noise, labels); the fields have EDM's names and defaults.
 
     DDPM++: the defaults. NCSN++: embedding_type="fourier", channel_mult_noise=2,
     encoder_type="residual", resample_filter=(1, 3, 3, 1).
 
     Raises:
-      UserError: a field that names no variant, or a resolution that cannot be halved.
+      UserError: a field that names no variant, or an option that is impossible.
     """
 
     img_resolution: int  # height = width; halved len(channel_mult) - 1 times
@@ -75,15 +74,7 @@ class SongUNet(nn.Module):
                     f"expected one of {', '.join(choices)}"
                 )
         check_unet(self)
-        if not sum(self.resample_filter) > 0:
-            raise UserError(
-                f"SongUNet resample_filter is {list(self.resample_filter)}; "
-                "expected taps whose sum is positive"
-            )
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return (self.img_resolution, self.img_resolution, self.in_channels)
+        check_taps(self)
 
     @nn.compact
     def __call__(
@@ -143,7 +134,7 @@ class SongUNet(nn.Module):
         aux = x  # the input pyramid ("skip") or the residual chain ("residual")
         skips = []
         for level, mult in enumerate(self.channel_mult):
-            prefix = self._prefix("enc", level)
+            prefix = self.prefix("enc", level)
             if level == 0:
                 x = conv(self.model_channels, 3, name=f"{prefix}_conv", dtype=self.dtype)(x)
             else:
@@ -158,7 +149,7 @@ class SongUNet(nn.Module):
                     x = aux = (x + aux) * SQRT_HALF
             skips.append(x)
             for index in range(self.num_blocks):
-                attention = self._attends(level)
+                attention = self.attends(level)
                 features = self.model_channels * mult
                 x = block(x, f"{prefix}_block{index}", features, attention=attention)
                 skips.append(x)
@@ -173,7 +164,7 @@ class SongUNet(nn.Module):
     def _decode(self, x, skips, block):
         out = None
         for level in reversed(range(len(self.channel_mult))):
-            prefix = self._prefix("dec", level)
+            prefix = self.prefix("dec", level)
             if level == len(self.channel_mult) - 1:
                 x = block(x, f"{prefix}_in0", x.shape[-1], attention=True)
                 x = block(x, f"{prefix}_in1", x.shape[-1])
@@ -182,7 +173,7 @@ class SongUNet(nn.Module):
             features = self.model_channels * self.channel_mult[level]
             for index in range(self.num_blocks + 1):
                 # The decoder attends once a level, after its last block.
-                attention = index == self.num_blocks and self._attends(level)
+                attention = index == self.num_blocks and self.attends(level)
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = block(x, f"{prefix}_block{index}", features, attention=attention)
             if self.decoder_type == "skip" or level == 0:
@@ -191,10 +182,3 @@ class SongUNet(nn.Module):
                 h = conv(self.out_channels, 3, name=name, dtype=self.dtype, init=XAVIER.last)(h)
                 out = h if out is None else upsample(out, self.resample_filter) + h
         return out
-
-    def _attends(self, level: int) -> bool:
-        return (self.img_resolution >> level) in self.attn_resolutions
-
-    def _prefix(self, half: str, level: int) -> str:
-        size = self.img_resolution >> level
-        return f"{half}_{size}x{size}"

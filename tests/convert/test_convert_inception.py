@@ -75,6 +75,17 @@ def test_counts_of_batches_are_left_out(state_dict):
     params_from_state_dict(state_dict, "drawn")
 
 
+@pytest.mark.parametrize("dtype", ["U3", "int32", "complex64"])
+def test_arrays_of_another_type_are_refused(capsys, state_dict, tmp_path, dtype):
+    key = "Mixed_5b.branch1x1.bn.running_var"
+    state_dict[key] = np.ones(state_dict[key].shape).astype(dtype)
+    path, out = tmp_path / "inception.npz", tmp_path / "out"
+    np.savez(path, **state_dict)
+    message = fails(capsys, "convert", "inception", path, out)
+    assert f"{path}: {key} has type {np.dtype(dtype).name}; expected floating" in message
+    assert not out.exists()
+
+
 def test_torchvisions_inception_is_refused(state_dict):
     state_dict["fc.weight"], state_dict["fc.bias"] = np.zeros((1000, 2048)), np.zeros(1000)
     state_dict["AuxLogits.fc.bias"] = np.zeros(1000)

@@ -10,8 +10,13 @@ import pytest
 import torch_bytes
 from commands import fails, succeeds
 
-from dmd_jax.auxiliary import LPIPS, describe_auxiliary, load_auxiliary
-from dmd_jax.convert.lpips import PROBE_DISTANCE, probe_pair
+from dmd_jax.auxiliary import (
+    LPIPS,
+    PROBE_DISTANCE,
+    describe_auxiliary,
+    load_auxiliary,
+    probe_pair,
+)
 from dmd_jax.models.lpips import BLOCKS
 
 # torchvision's vgg16: the index of each convolution in `features`.
@@ -123,6 +128,17 @@ def test_every_difference_of_names_and_shapes_is_listed(capsys, params, tmp_path
     message = fails(capsys, "convert", "lpips", tmp_path / "out", *files)
     assert "--heads is not LPIPS's heads for VGG16: 4 misshapen: " in message
     assert "lin1.model.1.weight (1, 64, 1, 1), expected (1, 128, 1, 1)" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_arrays_of_another_type_are_refused(capsys, params, tmp_path):
+    files = torch_files(params, tmp_path)
+    files[3] = tmp_path / "heads.npz"
+    heads = {f"lin{n}.model.1.weight": h for n, h in enumerate(params["heads"].values())}
+    heads = {name: np.full((1, len(h), 1, 1), "a") for name, h in heads.items()}
+    np.savez(files[3], **heads)
+    message = fails(capsys, "convert", "lpips", tmp_path / "out", *files)
+    assert "--heads is not LPIPS's heads for VGG16: lin0.model.1.weight has type str32" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 
 import edm_pickle
 import jax
@@ -91,6 +92,15 @@ def test_integers_are_refused(checkpoint):
         params_from_state_dict(state_dict, network)
 
 
+@pytest.mark.parametrize("end", ["map_layer0.bias", "resample_filter"])
+def test_texts_are_refused(checkpoint, end):
+    state_dict, network = checkpoint
+    key = next(key for key in state_dict if key.endswith(end))
+    state_dict[key] = np.full(state_dict[key].shape, "a")
+    with pytest.raises(UserError, match=f"{key} has type str32; expected floating point"):
+        params_from_state_dict(state_dict, network)
+
+
 def test_consuming_gives_the_same_and_empties_the_state_dict(checkpoint):
     state_dict, network = checkpoint
     expected = params_from_state_dict(state_dict, network)
@@ -106,6 +116,14 @@ def test_consuming_gives_the_same_and_empties_the_state_dict(checkpoint):
         ({"model_type": ["SongUNet"]}, "model_type is a list; expected one of"),
         ({"img_channels": None}, "lack img_channels"),
         ({"depth_wise": True}, "no option 'depth_wise'"),
+        ({"sigma_min": 0.002}, "EDM sigma_min is 0.002; expected 0, its default"),
+        ({"sigma_max": 80}, "EDM sigma_max is 80; expected inf, its default"),
+        ({"sigma_max": [80]}, "EDM sigma_max is a list; expected inf"),
+        ({"sigma_max": math.nan}, "EDM sigma_max is nan; expected inf"),
+        ({"sigma_data": math.nan}, "sigma_data is nan; expected 0.0001 to 10000.0"),
+        ({"sigma_data": 0}, "sigma_data is 0; expected 0.0001 to 10000.0"),
+        ({"sigma_data": -0.5}, "sigma_data is -0.5; expected"),
+        ({"sigma_data": 10**400}, "sigma_data is 1000.*; expected"),
     ],
 )
 def test_other_keyword_arguments_are_refused(golden, change, message):
@@ -116,7 +134,9 @@ def test_other_keyword_arguments_are_refused(golden, change, message):
 
 
 def test_edm_precond_has_a_default_network():
-    network = network_from_init_kwargs({"img_resolution": 64, "img_channels": 3})
+    kwargs = {"img_resolution": 64, "img_channels": 3, "use_fp16": True, "label_dropout": 0.1}
+    kwargs |= {"sigma_min": 0.0, "sigma_max": math.inf}
+    network = network_from_init_kwargs(kwargs)
     unet = {"name": "dhariwal", "img_resolution": 64, "in_channels": 3, "out_channels": 3}
     assert network == complete(unet)
 
@@ -152,6 +172,7 @@ def test_state_dicts_that_say_what_they_are(dhariwal, tmp_path, capsys, suffix):
     capsys.readouterr()
     succeeds("convert", "edm", source, out)
     assert f"holds adm.{suffix} already" in capsys.readouterr().out
+    assert "says itself" in fails(capsys, "convert", "edm", source, out, "--config", TINY)
     other = tmp_path / "other.npz"
     np.savez(other, kwargs=kwargs, **(state_dict | {"model.out_conv.bias": np.ones(3, np.float32)}))
     assert "exists and holds something else" in fails(capsys, "convert", "edm", other, out)
@@ -173,6 +194,15 @@ def test_a_state_dict_of_the_network_of_a_config(tmp_path, capsys):
     assert complete(found.network) == network
     expected = params_from_state_dict(state_dict, network)
     assert params_sha256(found.params) == params_sha256(expected)
+
+    # Again: the same network or none, and --config is needed as it was at first.
+    capsys.readouterr()
+    succeeds("convert", "edm", source, out, "--config", TINY)
+    assert "holds tiny.pth already" in capsys.readouterr().out
+    line = fails(capsys, "convert", "edm", source, out, "--config", TINY, wide)
+    assert f"{out} holds tiny.pth as another network; expected the same --config" in line
+    assert "expected 'kwargs' in it, or --config" in fails(capsys, "convert", "edm", source, out)
+    assert params_sha256(load_weights(out).params) == params_sha256(expected)
     with_own = tmp_path / "own.npz"
     np.savez(with_own, kwargs="{}", **state_dict)
     line = fails(capsys, "convert", "edm", with_own, tmp_path / "x", "--config", TINY)

@@ -12,6 +12,7 @@ from edm_pickle import module_state, numpy_scalar, persistent, stored
 from torch_bytes import Call, Global, dumps, legacy_storage
 
 from dmd_jax.convert.edm_pickle import read_edm_pickle
+from dmd_jax.convert.torch_tensors import read_legacy
 from dmd_jax.errors import UserError
 
 LOAD = Global("torch.storage", "_load_from_bytes")
@@ -144,6 +145,8 @@ def wide(times):
         (network(class_name="\x1b[2J\n"), "is of the class \\x1b[2J\\n; expected"),
         (network(class_name=3), "whose class has no name"),
         (network(version=7), "a persistent object of version 7"),
+        (network(version=wide(60)), "a persistent object of version a list"),
+        (network(state={"_non_persistent_buffers_set": [1]}), "a list in place of a set"),
         (network(type="module"), "a persistent object that is of no class"),
         (network(state={"_init_kwargs": None}), "no _init_kwargs"),
         (network(state={"_init_args": (1,) * 5}), "arguments without names"),
@@ -177,6 +180,45 @@ def test_files_that_are_no_network(tmp_path, value, message):
         read(tmp_path, value)
     assert str(tmp_path / "net.pkl") in str(error.value) and "\n" not in str(error.value)
     assert message in str(error.value)
+
+
+def test_a_storage_that_is_asked_for_again_is_read_once(tmp_path, monkeypatch):
+    """The memo hands the same bytes to every call."""
+    reads = []
+
+    def counted(content, where):
+        reads.append(content)
+        return read_legacy(content, where)
+
+    monkeypatch.setattr("dmd_jax.convert.edm_pickle.read_legacy", counted)
+    path = tmp_path / "net.pkl"
+    start = dumps(legacy_storage(np.ones(2, np.float32)))[:-1]
+    again = b"ctorch.storage\n_load_from_bytes\nh\0\x85R0"
+    path.write_bytes(start + 1000 * again + dumps(network(weight()))[:-1] + b".")
+    _, state_dict = read_edm_pickle(path)
+    np.testing.assert_array_equal(state_dict["model.weight"], [1, 1])
+    assert len(reads) == 2
+
+
+def test_many_views_and_many_parts(tmp_path):
+    """One tensor as five parameters by way of the memo, and one dictionary in many modules."""
+    path = tmp_path / "net.pkl"
+    tensor = dumps(weight()["weight"])[2:-1] + b"r\xff\xff\0\0" + b"0"
+    for count in (4, 5):
+        whole = dumps(network({f"w{each}": 77 for each in range(count)}))
+        path.write_bytes(whole[:2] + tensor + whole[2:].replace(b"K\x4d", b"j\xff\xff\0\0"))
+        if count == 4:
+            assert len(read_edm_pickle(path)[1]) == 4
+            continue
+        with pytest.raises(UserError, match="tensors of 40 bytes in storages of 8"):
+            read_edm_pickle(path)
+
+    shared = {f"w{each}": None for each in range(1100)}
+    modules = {f"module{each}": persistent("Linear", module_state()) for each in range(100)}
+    for module in modules.values():
+        module.args[0]["state"]["_parameters"] = shared
+    with pytest.raises(UserError, match="modules of more than 100,000 parts"):
+        read(tmp_path, network(modules))
 
 
 def test_modules_in_two_places_and_too_deep(tmp_path):

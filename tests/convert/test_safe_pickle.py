@@ -166,9 +166,56 @@ def test_damage_is_one_clear_error(content, message):
     assert message in str(error.value)
 
 
-def test_memo_numbers_allocate_nothing_and_deep_nesting_is_no_recursion():
-    # CPython's own machine makes an array of 2^32 pointers here.
-    assert load(b"\x80\x03K\x07r\xff\xff\xff\xff.", allowed={}, where="file") == 7
+def call_with(items, times):
+    """OrderedDict(items), again and again with the one list that the memo has."""
+    pickled = pickle.dumps(items, 2)[2:-1]
+    again = b"h\xfeh\xff\x85R0" * times
+    return pickled + b"q\xff0ccollections\nOrderedDict\nq\xfe0" + again + b"N."
+
+
+def many_hashes(value, count):
+    """A dict of `count` keys, all of the one hash."""
+    keys = b"".join(b"I%d\nN" % (value + each * (2**61 - 1)) for each in range(1, count + 1))
+    return b"}(" + keys + b"u."
+
+
+def float_hashes(count):
+    keys = b"".join(b"F%r\nN" % (2.0**each) for each in range(0, count, 61))
+    return b"}(" + keys.replace(b"'", b"") + b"u."
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (many_hashes(7, 50_000), "a number too large for a key"),
+        (float_hashes(900), "a key of type float"),
+        (b"(I10000000\nNd.", "a number too large for a key"),
+        (b"(I-10000000\nNd.", "a number too large for a key"),
+        (b"\x80\x03}X\x11\x27\0\0" + b"a" * 10_001 + b"Ns.", "a key of length 10,001"),
+        # CPython's own machine makes an array of 2^32 pointers here.
+        (b"\x80\x03K\x07r\xff\xff\xff\xff.", "a memo number that no pickle needs"),
+        (b"I7\np2305843009213693951\n.", "a memo number that no pickle needs"),
+        # 2,000 items in 6 bytes each time.
+        (
+            call_with([(str(n), n) for n in range(2000)], 501),
+            "calls with more than 1,000,000 items",
+        ),
+        (call_with("text", 1), "a container made of a str"),
+    ],
+)
+def test_little_bytes_that_would_cost_much(content, message):
+    with pytest.raises(UserError) as error:
+        load(content, allowed=CONTAINERS, where="file")
+    assert message in str(error.value)
+
+
+def test_small_numbers_are_keys():
+    value = {0: "a", -3: "b", 1_000_000: "c", True: "d"}
+    assert load(pickle.dumps(value), allowed={}, where="file") == value
+    assert load(call_with([("a", 1)], 500), allowed=CONTAINERS, where="file") is None
+
+
+def test_deep_nesting_is_no_recursion():
     found = load(b"\x80\x03" + b"N" + b"\x85" * 100_000 + b".", allowed={}, where="file")
     assert isinstance(found, tuple)
 
@@ -206,6 +253,8 @@ def test_random_damage_is_never_another_exception():
         ("f4", (2**40,), b"\0" * 4),
         ("f4", (1,), b"\0" * 5),
         ("f4", (True,), b"\0" * 4),
+        ("f4", (1,) * 33, b"\0" * 4),
+        ("f4", (0, 2**63), b""),
     ],
 )
 def test_arrays_that_are_none(dtype, shape, content):

@@ -128,6 +128,7 @@ def test_random_damage_is_never_another_exception(tmp_path, form):
         (-1, (2,), (1,), "negative size, stride or offset"),
         (0, (-2,), (1,), "negative size"),
         (5, (2,), (-1,), "negative size"),
+        (2**63, (2,), (1,), "beyond 63 bits"),
         (0, (2, 2), (1,), "size and stride do not fit"),
         (0, (1,) * 65, (1,) * 65, "65 dimensions"),
         (0, (0, 2**62), (1, 1), "a size that no array has"),
@@ -139,6 +140,14 @@ def test_views_outside_their_storage(tmp_path, offset, size, stride, message):
         (tmp_path / name).write_bytes(writer({"x": view}))
         with pytest.raises(UserError, match=message):
             load_state_dict(tmp_path / name)
+
+
+def without_end():
+    """A list of lists of one list: to write it out takes for ever."""
+    found = ["0"]
+    for _ in range(60):
+        found = [found, found]
+    return found
 
 
 def legacy(*parts, count=24, content=None):
@@ -163,6 +172,11 @@ def identity(flat=BASE, **changes):
     [
         (legacy(17), "not a file of PyTorch's"),
         (legacy(torch_bytes.MAGIC, 1002), "format version 1002; expected 1001"),
+        (legacy(torch_bytes.MAGIC, without_end()), "format version a list; expected 1001"),
+        (
+            legacy(torch_bytes.MAGIC, 1001, MACHINE, identity(), without_end()),
+            "not those that its tensors",
+        ),
         (legacy(torch_bytes.MAGIC, 1001, {"little_endian": False}), "big-endian"),
         (legacy(torch_bytes.MAGIC, 1001, MACHINE, identity(), []), "not those that its tensors"),
         (legacy(torch_bytes.MAGIC, 1001, MACHINE, identity(), ["0"], count=23), "has 23 elements"),
@@ -188,7 +202,7 @@ def identity(flat=BASE, **changes):
         ),
         (
             legacy(torch_bytes.MAGIC, 1001, MACHINE, {"x": 3}, []),
-            "holds a int as x; expected a dict",
+            "holds 3 as x; expected a dict",
         ),
         (legacy(torch_bytes.MAGIC, 1001, MACHINE, [], []), "holds a list; expected a dictionary"),
         (

@@ -96,6 +96,8 @@ def test_it_starts_as_the_skip_connection_with_edm_bounds():
             "attends at 8x8 with 32 channels",
         ),
         ({"img_resolution": 7, "channel_mult": [1, 1]}, "img_resolution is 7; expected a multiple"),
+        ({"augment_dim": -1}, "DhariwalUNet augment_dim is -1; expected 0 to 1000000"),
+        ({"dropout": math.nan}, "DhariwalUNet dropout is nan; expected 0 or more and below 1"),
         ({"label_dim": -1}, "label_dim is -1; expected 0 to 1000000"),
         ({"encoder_type": "standard"}, "no option 'encoder_type'"),
     ],

@@ -130,7 +130,24 @@ def test_dropout_needs_a_key_and_is_off_without():
         ({"num_blocks": 10**9}, "num_blocks is 1000000000; expected 0 to 64"),
         ({"channel_mult": [2, 0]}, r"channel_mult is \(2, 0\); expected 1 to 64"),
         ({"channel_mult": []}, r"channel_mult is \(\); expected 1 to 64"),
+        ({"channel_mult": [1] * 20}, "channel_mult has 20 levels; expected 1 to 16"),
         ({"resample_filter": []}, "resample_filter is .*; expected taps"),
+        ({"resample_filter": [1]}, r"resample_filter is \[1\]; .* an even number up to 16"),
+        ({"resample_filter": [1, 2, 1]}, r"resample_filter is \[1, 2, 1\]; .* an even number"),
+        ({"resample_filter": [1] * 10**4}, "an even number up to 16"),
+        ({"resample_filter": [1, math.nan]}, "resample_filter is .*; expected taps"),
+        ({"resample_filter": [1, 10**400]}, "resample_filter is .*; expected taps up to 1e.06"),
+        ({"resample_filter": [1, -1]}, "expected taps up to 1e.06 whose sum is positive"),
+        ({"augment_dim": -1}, "augment_dim is -1; expected 0 to 1000000"),
+        ({"channel_mult_noise": 0}, "channel_mult_noise is 0; expected 1 to 64"),
+        ({"channel_mult_noise": -1}, "channel_mult_noise is -1; expected 1 to 64"),
+        ({"model_channels": 33}, "model_channels is 33; expected an even number"),
+        ({"dropout": -0.1}, "dropout is -0.1; expected 0 or more and below 1"),
+        ({"dropout": 1}, "dropout is 1; expected 0 or more and below 1"),
+        ({"dropout": math.nan}, "dropout is nan; expected 0 or more and below 1"),
+        ({"sigma_data": math.nan}, "sigma_data is nan; expected 0.0001 to 10000.0"),
+        ({"sigma_data": 0.0}, "sigma_data is 0.0; expected 0.0001 to 10000.0"),
+        ({"sigma_data": math.inf}, "sigma_data is inf; expected 0.0001 to 10000.0"),
         ({"img_resolution": 30}, "img_resolution is 30; expected a multiple of 4"),
     ],
 )
@@ -143,6 +160,6 @@ def test_bad_shapes_are_refused():
     network = SongUNet(8, 3, 3, model_channels=8, channel_mult=(1,), num_blocks=1)
     with pytest.raises(UserError, match=r"expected \[B, 8, 8, 3\]"):
         jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
-    narrow = SongUNet(8, 3, 3, model_channels=9, channel_mult=(1,), num_blocks=1)
-    with pytest.raises(UserError, match="norm0: 9 channels do not divide into 2 groups"):
+    narrow = SongUNet(8, 3, 3, model_channels=14, channel_mult=(1,), num_blocks=1)
+    with pytest.raises(UserError, match="norm0: 14 channels do not divide into 3 groups"):
         jax.eval_shape(narrow.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros(1))
