@@ -103,8 +103,9 @@ def test_padding_adds_black_pixels_at_each_side(tmp_path):
     assert source[1]["x0"].dtype == np.float32 and source[1]["label"] == 0
     with pytest.raises(UserError, match="7x7, expected resolution 8"):
         open_images(f"pad2:{path}", resolution=8)
-    with pytest.raises(UserError, match="padx:.*no such file or folder"):
-        open_images(f"padx:{path}")
+    for prefix in ("padx:", "pad1000:", "pad1:pad1:"):
+        with pytest.raises(UserError, match="pad.*no such file or folder"):
+            open_images(f"{prefix}{path}")
 
 
 def test_the_expected_resolution(tmp_path):
