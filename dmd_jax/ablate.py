@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from dmd_jax import evaluate
 from dmd_jax.ablation_report import labelled_rows, summarize, table
-from dmd_jax.ablations import ROWS, apply_row, chosen_rows
+from dmd_jax.ablations import ROWS, apply_row, chosen_rows, paper_fid
+from dmd_jax.cli import Parser
 from dmd_jax.config import resolve_config, save_config
 from dmd_jax.errors import Stopped, UserError
 from dmd_jax.experiment import (
@@ -78,16 +81,20 @@ def run(args: argparse.Namespace) -> None:
     config = resolve_config(args.config, args.overrides, args.workdir, command="ablate")
     check_ranges(config)
     rows, seeds = chosen_rows(args.rows, config), chosen_seeds(args.seeds)
-    evaluate = evaluate_arguments(args, config)
+    arguments = evaluate_arguments(args, config)
     teacher = teacher_of(config)
+    sample_shape = denoiser_of(teacher).sample_shape
+    judges = evaluate.origins(*evaluate.open_judges(_parsed(arguments), sample_shape))
     for row_config in (apply_row(config, row) for row in rows):
         # What train refuses in hours, once the pairs are there.
         loss_options(row_config, schedule_of(row_config))
-        perceptual_of(row_config, denoiser_of(teacher).sample_shape)
+        perceptual_of(row_config, sample_shape)
+    papers = {row: _paper(config, row, judges["features"]) for row in rows}
     study = Study(
         config=config,
         arguments=["--config", args.config, *args.overrides],
-        evaluate=evaluate,
+        evaluate=arguments,
+        judges=judges,
         teacher_sha256=params_sha256(teacher.params),
         workdir=args.workdir,
     )
@@ -113,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
             )
         },
         "rows": {
-            row: {"summary": ROWS[row].summary, **_paper(args.config, row), **summarize(each)}
+            row: {"summary": ROWS[row].summary, **papers[row], **summarize(each)}
             for row, each in found.items()
         },
         "seeds": seeds,
@@ -181,7 +188,14 @@ def evaluate_arguments(args: argparse.Namespace, config: ConfigDict) -> list[str
     return [*given, "--num", str(args.num)]
 
 
-def _paper(config_path: str, row: str) -> dict[str, float]:
-    """The paper's figure where the config is the paper's."""
-    fid = ROWS[row].paper.get(Path(config_path).stem)
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    """The arguments as evaluate sees them, but for those that each row has its own of."""
+    parser = Parser(prog="dmd-jax evaluate")
+    evaluate.add_arguments(parser)
+    return parser.parse_args(["--weights", "", "--out", "", *arguments])
+
+
+def _paper(config: ConfigDict, row: str, features: Collection[str]) -> dict[str, float]:
+    """The paper's figure where the config is the paper's, and Inception measures."""
+    fid = paper_fid(config, row) if "inception" in features else None
     return {} if fid is None else {"paper_fid": fid}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from dmd_jax.config import MAY_CHANGE, load_config, shipped_config
 from dmd_jax.errors import UserError
 
 LOWERED_RATE = 1e-5  # of the paper's runs without regression
@@ -113,6 +116,26 @@ def changes_nothing(config: ConfigDict, name: str) -> bool:
     return name != "full" and all(
         config[key] == value for key, value in _row(name).changes(config).items()
     )
+
+
+def decisive(config: ConfigDict) -> dict[str, Any]:
+    """What decides how a run ends, JSON-able: the config without its paths, cadences and mesh."""
+    values = json.loads(json.dumps(config.to_dict()))
+    for key in set(MAY_CHANGE) - {"steps"}:
+        *parents, last = key.split(".")
+        del functools.reduce(dict.__getitem__, parents, values)[last]
+    return values
+
+
+def paper_fid(config: ConfigDict, name: str) -> float | None:
+    """The FID that the paper gives for a row of this config; None where it is none of the paper's.
+
+    Paths, cadences and meshes may be other than in the config that ships.
+    """
+    for stem, fid in _row(name).paper.items():
+        if decisive(load_config(str(shipped_config(stem)), [])) == decisive(config):
+            return fid
+    return None
 
 
 def _row(name: str) -> Row:

@@ -16,6 +16,13 @@ from dmd_jax.generation import SAMPLERS, ImageMaker
 from dmd_jax.weights import Weights, load_weights
 
 DTYPES = ("float32", "bfloat16")
+# Of heun and euler.
+SAMPLER_OPTIONS = {
+    "s_churn": "noise added along the way, 0 is deterministic",
+    "s_min": "lowest sigma with added noise",
+    "s_max": "highest sigma with added noise",
+    "s_noise": "factor on the added noise",
+}
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,21 +104,17 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default=DTYPES[0], help="that the network computes in"
     )
-    for name, text in (
-        ("s-churn", "noise added along the way, 0 is deterministic"),
-        ("s-min", "lowest sigma with added noise"),
-        ("s-max", "highest sigma with added noise"),
-        ("s-noise", "factor on the added noise"),
-    ):
-        parser.add_argument(f"--{name}", type=float, metavar="X", help=f"heun and euler: {text}")
+    for name, text in SAMPLER_OPTIONS.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=float, metavar="X", help=f"heun and euler: {text}")
 
 
 def make_images(args: argparse.Namespace) -> tuple[ImageMaker, Weights]:
     """The image maker that the shared arguments ask for, and its weights."""
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}; expected at least 1")
-    names = ("s_churn", "s_min", "s_max", "s_noise")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in SAMPLER_OPTIONS}
+    options = {name: value for name, value in given.items() if value is not None}
     weights = load_weights(args.weights)
     maker = ImageMaker(
         weights,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 import zipfile
@@ -16,25 +17,27 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dmd_jax.arguments import (
+    SAMPLER_OPTIONS,
     add_process_arguments,
     add_sampler_arguments,
     end_on_sigterm,
     join_processes,
     make_images,
 )
+from dmd_jax.auxiliary import check_free
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation.collect import reference_rows, sample_rows
-from dmd_jax.evaluation.features import feature_extractor
+from dmd_jax.evaluation.features import Features, feature_extractor
 from dmd_jax.evaluation.measures import measure
 from dmd_jax.evaluation.parts import Rows, claim, release
-from dmd_jax.evaluation.reference import open_reference, save_reference
+from dmd_jax.evaluation.reference import Reference, open_reference, save_reference
 from dmd_jax.files import replacing, write_json
+from dmd_jax.models import complete
+from dmd_jax.models.inception import PREPROCESSINGS
 from dmd_jax.provenance import command_line, machine
 from dmd_jax.weights import params_sha256
 
-PREPROCESSINGS = ("pytorch_fid", "tensorflow")
 SAMPLE_PART = 2  # batches
-SAMPLER_OPTIONS = ("s_churn", "s_min", "s_max", "s_noise")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--inception-preprocessing",
-        choices=PREPROCESSINGS,
-        default=PREPROCESSINGS[0],
+        choices=tuple(PREPROCESSINGS),
+        default="pytorch_fid",
         help="how images reach inception; tensorflow where EDM's statistics are the reference",
     )
     parser.add_argument(
@@ -105,11 +108,14 @@ def run(args: argparse.Namespace) -> None:
         _run(args)
 
 
-def _run(args: argparse.Namespace) -> None:
-    names = list(dict.fromkeys(args.features or ["pixels"]))
-    _check_arguments(args, names)
-    join_processes(args)
-    end_on_sigterm()
+def open_judges(
+    args: argparse.Namespace, sample_shape: tuple[int, ...]
+) -> tuple[list[Features], Reference]:
+    """What the arguments measure samples of this shape in, and against.
+
+    Raises:
+      UserError: one of them cannot be had, or images do not fit.
+    """
     features = [
         feature_extractor(
             name,
@@ -119,19 +125,36 @@ def _run(args: argparse.Namespace) -> None:
             resolution=args.vgg_resolution,
             repeat_grey=args.repeat_grey,
         )
-        for name in names
+        for name in _names(args)
     ]
-    maker, weights = make_images(args)
     for one in features:
-        one.dimensions(maker.sample_shape)  # refuses images that do not fit before any is made
-    reference = open_reference(args.reference, maker.sample_shape, features, args.num_reference)
+        one.dimensions(sample_shape)  # refuses images that do not fit before any is made
+    return features, open_reference(args.reference, sample_shape, features, args.num_reference)
+
+
+def origins(features: list[Features], reference: Reference) -> dict[str, Any]:
+    """What they depend on, JSON-able, whatever the names of their files."""
+    return {
+        "features": {one.name: one.origin for one in features},
+        "reference": reference.origin,
+    }
+
+
+def _run(args: argparse.Namespace) -> None:
+    names, folder = _names(args), args.out.with_suffix(".parts")
+    _check_arguments(args, names)
+    _check_outputs(args, folder)
+    join_processes(args)
+    end_on_sigterm()
+    maker, weights = make_images(args)
+    features, reference = open_judges(args, maker.sample_shape)
     if reference.images is None and args.save_reference is not None:
         raise UserError(f"--save-reference: {args.reference} is of statistics, expected images")
     num_steps = 1 if args.sampler == "one-step" else args.steps
-    folder = args.out.with_suffix(".parts")
     claim(
         folder,
         {
+            "network": complete(weights.network),
             "params_sha256": params_sha256(weights.params),
             "sampler": args.sampler,
             "num_steps": num_steps,
@@ -139,9 +162,10 @@ def _run(args: argparse.Namespace) -> None:
             "seed": args.seed,
             "num_samples": args.num,
             "batch_size": args.batch_size,
+            # A batch's noise is one draw, and the devices may have made the batch larger.
+            "noise_batch_size": maker.batch_size if args.s_churn else None,
             "dtype": args.dtype,
-            "features": {one.name: one.origin for one in features},
-            "reference": reference.origin,
+            **origins(features, reference),
             "keeps_images": args.samples is not None,
         },
     )
@@ -186,6 +210,10 @@ def _run(args: argparse.Namespace) -> None:
     multihost_utils.sync_global_devices(f"evaluate: {args.out} written")
 
 
+def _names(args: argparse.Namespace) -> list[str]:
+    return list(dict.fromkeys(args.features or ["pixels"]))
+
+
 def _check_arguments(args: argparse.Namespace, names: list[str]) -> None:
     if args.num < 2:
         raise UserError(f"--num {args.num}; expected at least 2 samples")
@@ -198,6 +226,22 @@ def _check_arguments(args: argparse.Namespace, names: list[str]) -> None:
             raise UserError(f"--{flag} {path}: expected a name that ends in {suffix}")
     if args.save_reference is not None and len(names) > 1:
         raise UserError(f"--save-reference takes one of the features {', '.join(names)}")
+
+
+def _check_outputs(args: argparse.Namespace, folder: Path) -> None:
+    """Raises a UserError where an output would take the place of something else."""
+    taken = {os.path.realpath(args.reference): "--reference"}
+    for name in ("out", "samples", "save_reference"):
+        path = getattr(args, name)
+        if path is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        other = taken.setdefault(os.path.realpath(path), flag)
+        if other != flag:
+            raise UserError(f"{flag} {path} is that of {other}; expected another name")
+        # Results may be replaced; and a run that was stopped has perhaps written the others.
+        if name != "out" and not folder.exists():
+            check_free(path)
 
 
 def _write(args: argparse.Namespace, results: dict[str, Any], samples: Rows) -> None:

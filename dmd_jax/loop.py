@@ -54,7 +54,8 @@ def run(
 
     Raises:
       Stopped: on SIGTERM or SIGINT, after a checkpoint.
-      UserError: a loss is not finite (names the step), or something cannot be written or read.
+      UserError: a loss is not finite (names the step), the run there is of another identity or
+        past total_steps, or something cannot be written or read.
     """
     first = jax.process_index() == 0
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
@@ -67,6 +68,11 @@ def run(
             raise UserError(
                 f"{workdir} is a run with {position['identity']}, not with {identity}; expected "
                 "the same teacher and data, or another --workdir"
+            )
+        if step > total_steps:
+            raise UserError(
+                f"{workdir} is at step {step:,}, not {total_steps:,}; expected steps of at least "
+                "that, or another --workdir"
             )
         batches.set_state(position["batches"])
         if first:

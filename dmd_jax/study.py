@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from dmd_jax.ablations import apply_row, row_overrides
+from dmd_jax.ablations import apply_row, decisive, row_overrides
+from dmd_jax.auxiliary import LPIPS, describe_auxiliary
 from dmd_jax.cli import run_step
+from dmd_jax.data.pairs_metadata import read_metadata
 from dmd_jax.errors import UserError
 from dmd_jax.files import write_json
 from dmd_jax.generation import ImageMaker, draw_latents
@@ -27,6 +29,7 @@ class Study(NamedTuple):
     config: ConfigDict
     arguments: list[str]  # --config and its overrides, which gave `config`
     evaluate: list[str]  # arguments of `dmd-jax evaluate` for every row
+    judges: dict[str, Any]  # what they lead to, as evaluate.origins says
     teacher_sha256: str
     workdir: Path
 
@@ -60,8 +63,6 @@ class Study(NamedTuple):
         folder = self.folder(row, seed)
         config = apply_row(self.config, row)
         config.seed = seed
-        # What these paths lead to is known by its content: another teacher's rows are refused.
-        config.teacher.weights = config.pairs.folder = ""
         overrides = [
             *row_overrides(self.config, row),
             f"--config.seed={seed}",
@@ -73,7 +74,7 @@ class Study(NamedTuple):
             folder / "weights",
             ["--sampler", "one-step"],
             train=train,
-            config=json.loads(json.dumps(config.to_dict())),
+            trained={"config": decisive(config), **_contents(config, pairs)},
         )
 
     def folder(self, row: str, seed: int) -> Path:
@@ -105,7 +106,7 @@ class Study(NamedTuple):
         sampler: list[str],
         *,
         train: Sequence[Any] = (),
-        config: dict[str, Any] | None = None,
+        trained: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """What evaluate says of `weights`, once the command `train`, if any, has made them.
 
@@ -113,8 +114,9 @@ class Study(NamedTuple):
         """
         arguments = [*self.evaluate, "--seed", str(self.samples_seed), *sampler]
         settings = {
-            "config": config,
+            "trained": trained,
             "evaluate": arguments,
+            "judges": self.judges,
             "teacher_sha256": self.teacher_sha256,
         }
         path = folder / "finished.json"
@@ -132,6 +134,17 @@ class Study(NamedTuple):
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error}") from error
         return results
+
+
+def _contents(config: ConfigDict, pairs: Path) -> dict[str, Any]:
+    """What the paths lead to that training reads, as another file may come under a name."""
+    metadata = read_metadata(pairs)
+    names = ("seed", "count", "num_steps", "teacher_sha256")
+    contents: dict[str, Any] = {"pairs": {name: getattr(metadata, name) for name in names}}
+    if config.distance == "lpips" and config.regression_weight:
+        lpips = describe_auxiliary(Path(config.lpips.weights), LPIPS)
+        contents["lpips_sha256"] = lpips["params_sha256"]
+    return contents
 
 
 def _read(path: Path) -> dict[str, Any]:

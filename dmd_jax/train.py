@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         "teacher_sha256": pairs.metadata.teacher_sha256,
         "pairs_seed": pairs.metadata.seed,
         "pairs": len(pairs),
+        "pairs_steps": pairs.metadata.num_steps,
     }
     if perceptual is not None:
         identity["lpips_sha256"] = params_sha256(perceptual_params)

@@ -13,10 +13,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dmd_jax import samplers
+from dmd_jax import study as study_module
+from dmd_jax.ablate import _paper
 from dmd_jax.ablation_report import labelled_rows, summarize, table
 from dmd_jax.cli import main
+from dmd_jax.config import load_config, shipped_config
 from dmd_jax.evaluation.digits_classifier import features
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance
+from dmd_jax.files import write_json
 from dmd_jax.generation import draw_labels, draw_latents
 from dmd_jax.metrics import read_metrics
 from dmd_jax.models import build_denoiser
@@ -187,6 +191,69 @@ def test_arguments_for_evaluate_are_passed_on(study, command, tmp_path):
     assert found["reference"] == str(tmp_path / "real.npz")
     assert found["rows"]["full"]["frechet_distance"].keys() == {"pixels"}
 
+    np.savez(tmp_path / "real.npz", images=255 - (reals / 4).astype(np.uint8))
+    succeeds(*argv, "--evaluate", f"--features pixels --reference {tmp_path / 'real.npz'}")
+    other = json.loads((study / "results.json").read_text())
+    for kind, row in (("rows", "full"), ("baselines", "teacher_one_step")):
+        before, after = (each[kind][row]["frechet_distance"]["pixels"] for each in (found, other))
+        assert after["mean"] > 1.05 * before["mean"]
+
+
+def test_fewer_steps_than_a_row_has_are_refused(study, command, capsys):
+    argv = (*command, "--rows", "full", "--seeds", "0", "--workdir", study)
+    line = fails(capsys, *argv, "--config.steps=20")
+    assert f"{study / 'full' / 'seed-0'} is at step 40, not 20; expected steps of at" in line
+
+
+def test_a_row_is_finished_for_what_it_follows_from(study, tmp_path, monkeypatch):
+    commands = []
+
+    def run_step(*argv):
+        commands.append(argv[0])
+        if argv[0] == "evaluate":
+            write_json(argv[argv.index("--out") + 1], {})
+
+    monkeypatch.setattr(study_module, "run_step", run_step)
+    lpips = {"params_sha256": "a"}
+    monkeypatch.setattr(study_module, "describe_auxiliary", lambda path, kind: lpips)
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    metadata = json.loads((study / "pairs" / "metadata.json").read_text())
+    overrides, changes = [], {"judges": {"reference": "a"}}
+
+    def run_row(row="full"):
+        """The commands that a row takes."""
+        write_json(pairs / "metadata.json", metadata)
+        common = dict(arguments=[], evaluate=[], teacher_sha256="a", workdir=tmp_path)
+        config = load_config(str(TINY), overrides)
+        commands.clear()
+        study_module.Study(config=config, **common, **changes).run_row(row, 0, pairs)
+        return list(commands)
+
+    assert run_row() == ["train", "evaluate"]
+    assert run_row() == []
+    keys = ("log_every=7", "checkpoint_every=7", "mesh.fsdp=2", "images=elsewhere", "seed=9")
+    overrides += [f"--config.{key}" for key in (*keys, "lpips.weights=f", "teacher.weights=elsewh")]
+    assert run_row() == []
+    for key in ("num_steps", "seed"):
+        metadata[key] += 1
+        assert run_row() == ["train", "evaluate"]
+        assert run_row() == []
+    overrides += ["--config.distance=lpips"]
+    changes["judges"] = {"reference": "b"}
+    assert run_row() == run_row("l2") == ["train", "evaluate"]
+    lpips["params_sha256"] = "b"
+    assert run_row("l2") == []
+    assert run_row() == ["train", "evaluate"]
+    overrides += ["--config.steps=13"]
+    assert run_row() == ["train", "evaluate"]
+
+
+def test_the_papers_figure_is_beside_inceptions_alone():
+    config = load_config(str(shipped_config("cifar10_cond")), [])
+    assert _paper(config, "l2", ["pixels", "inception"]) == {"paper_fid": 2.78}
+    assert _paper(config, "l2", ["pixels", "vgg16"]) == {}
+
 
 def test_mean_and_standard_deviation_of_the_seeds():
     found = {
@@ -247,7 +314,7 @@ def test_labels_stand_beside_their_rows():
         (("--num", "1"), "--num 1; expected at least 2"),
         (("--evaluate", "--num 3"), "--evaluate: --num is the study's own"),
         (("--evaluate", "--features 'a"), '--evaluate "--features \'a": No closing quotation'),
-        (("--evaluate", "--colour red"), "unexpected argument '--colour'"),
+        (("--evaluate", "--colour red"), "unrecognized arguments: --colour red"),
         (("--features", "hue"), 'features "hue"'),
         (("--config.images=",), "config.images is empty; expected real images"),
         (("--config.weighting=eq9",), "config.weighting is 'eq9'"),

@@ -4,7 +4,14 @@ import pytest
 from commands import ROOT, fails
 from ml_collections import ConfigDict
 
-from dmd_jax.ablations import ROWS, apply_row, changes_nothing, lowered, row_overrides
+from dmd_jax.ablations import (
+    ROWS,
+    apply_row,
+    changes_nothing,
+    lowered,
+    paper_fid,
+    row_overrides,
+)
 from dmd_jax.config import apply_overrides, load_config, shipped_config
 from dmd_jax.errors import UserError
 
@@ -74,3 +81,17 @@ def test_a_row_that_the_config_is_already_changes_nothing():
     assert changes_nothing(apply_row(config, "l2"), "l2")
     digits = load_config(str(shipped_config("digits")), ["--config.distance=l2"])
     assert [row for row in ROWS if changes_nothing(digits, row)] == ["l2"]
+
+
+def test_the_papers_figure_is_for_the_papers_config_alone():
+    path = str(shipped_config("cifar10_cond"))
+    here = ["--config.teacher.weights=mine", "--config.log_every=7", "--config.mesh.fsdp=2"]
+    config = load_config(path, here)
+    for row, (_, fid, _) in TABLE_2.items():
+        assert paper_fid(config, row) == fid
+    for override in ("--config.steps=1000", "--config.batch_size=8", "--config.seed=4"):
+        assert paper_fid(load_config(path, [override]), "full") is None
+    imagenet64 = str(shipped_config("ablations/imagenet64"))
+    assert paper_fid(load_config(f"{imagenet64}:full", []), "full") == 2.62
+    assert paper_fid(load_config(f"{imagenet64}:full", []), "l2") is None
+    assert paper_fid(load_config(f"{imagenet64}:without_matching", []), "full") is None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from commands import fails, finish, free_port, start, succeeds
 
+from dmd_jax import evaluate as module
 from dmd_jax import samplers
 from dmd_jax.cli import main
 from dmd_jax.data.images import open_images
@@ -16,7 +17,7 @@ from dmd_jax.evaluation import collect
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance
 from dmd_jax.evaluation.precision_recall import precision_recall
 from dmd_jax.generation import draw_labels, draw_latents
-from dmd_jax.models import build_denoiser
+from dmd_jax.models import build_denoiser, complete
 from dmd_jax.schedules import NoiseSchedule
 from dmd_jax.weights import load_weights
 
@@ -141,6 +142,60 @@ def test_parts_of_other_settings_are_kept_and_refused(trained, tmp_path, monkeyp
     assert list((tmp_path / "results.parts").glob("reference-*"))
 
 
+def test_parts_are_of_the_whole_network_and_of_the_batches_of_the_noise(
+    trained, tmp_path, monkeypatch
+):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect, "draw_latents", stop)
+    weights = load_weights(trained)
+    heun = ("--sampler", "heun", "--steps", 2, "--num", 100, "--batch-size", 30)
+    # On eight devices 30 images are made as 32, which matters where they share a draw of noise.
+    for name, options, noise_batch in (("a", (), None), ("b", ("--s-churn", 1), 32)):
+        assert interrupts(*evaluate(trained, tmp_path / f"{name}.json", *heun, *options))
+        settings = json.loads((tmp_path / f"{name}.parts" / "settings.json").read_text())
+        assert settings["batch_size"] == 30 and settings["noise_batch_size"] == noise_batch
+        assert settings["network"] == complete(weights.network)
+        assert settings["network"].keys() > weights.network.keys()
+
+
+def test_nothing_that_is_there_is_overwritten(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("real.npz", images=np.zeros((9, 8, 8, 1), np.uint8))
+    (tmp_path / "link.npz").symlink_to("real.npz")
+    reference = ("--reference", tmp_path / "real.npz")
+    before = (tmp_path / "real.npz").read_bytes()
+    for flag in ("--samples", "--save-reference"):
+        for name in ("real.npz", "link.npz"):
+            line = fails(capsys, *evaluate(trained, "r.json", *reference, flag, name))
+            assert f"{flag} {name} is that of --reference; expected another name" in line
+        line = fails(capsys, *evaluate(trained, "r.json", flag, "real.npz"))
+        assert "real.npz exists already; expected a name that is free" in line
+    both = ("--samples", "new.npz", "--save-reference", "new.npz")
+    line = fails(capsys, *evaluate(trained, "r.json", *both))
+    assert "--save-reference new.npz is that of --samples" in line
+    (tmp_path / "images.json").mkdir()
+    line = fails(capsys, *evaluate(trained, "images.json", "--reference", "images.json"))
+    assert "--out images.json is that of --reference" in line
+    assert (tmp_path / "real.npz").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_run_that_was_stopped_behind_its_samples_goes_on(trained, tmp_path, monkeypatch):
+    out, samples = tmp_path / "r.json", tmp_path / "s.npz"
+    write_json = module.write_json
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_json", stop)
+    assert interrupts(*evaluate(trained, out, "--num", 40, "--samples", samples))
+    assert samples.exists() and not out.exists()
+    monkeypatch.setattr(module, "write_json", write_json)
+    measured(trained, out, "--num", 40, "--samples", samples)
+
+
 def test_sigterm_stops_every_process_and_leaves_whole_parts(trained, tmp_path):
     out, folder = tmp_path / "results.json", tmp_path / "results.parts"
     arguments = evaluate(trained, out, "--num", 100_000, "--sampler", "heun", "--steps", 3)
@@ -173,6 +228,17 @@ def test_two_processes_measure_what_one_does(trained, tmp_path):
         np.testing.assert_array_equal(second["labels"], first["labels"])
         np.testing.assert_allclose(second["images"], first["images"], atol=1e-5)
     assert not (tmp_path / "two.parts").exists()
+
+
+def test_two_processes_of_other_settings_are_both_refused(trained, tmp_path):
+    join = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process")
+    processes = [
+        start(*evaluate(trained, tmp_path / "r.json", "--seed", seed), *join, seed, devices=1)
+        for seed in range(2)
+    ]
+    first, second = (finish(process, code=2) for process in processes)
+    assert "error: process 1 was refused" in first and "Traceback" not in first + second
+    assert "(seed 0 there, 1 asked for)" in second
 
 
 def test_saved_statistics_serve_as_reference(trained, tmp_path):

@@ -1,13 +1,14 @@
 """A run that is killed or stopped anywhere ends as the run that never was."""
 
 import random
+import shutil
 import signal
 import time
 
 import jax
 import numpy as np
 import pytest
-from commands import finish, start
+from commands import fails, finish, start, succeeds
 
 from dmd_jax.metrics import read_metrics
 from dmd_jax.weights import load_weights
@@ -70,3 +71,15 @@ def test_sigterm_saves_and_another_number_of_devices_goes_on(tiny, never_stopped
     assert f"going on from step {stopped_at}" in output
     for found, expected in zip(parameters(tmp_path), parameters(never_stopped)):
         np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+def test_a_run_is_not_taken_for_a_shorter_one(trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    line = fails(capsys, "train", "--workdir", workdir, "--config.steps=11")
+    assert f"{workdir} is at step 12, not 11; expected steps of at least that, or another" in line
+    # Nor does the refused config take the place of the run's own, which is finished.
+    succeeds("train", "--workdir", workdir)
+    assert "going on from step 12" in capsys.readouterr().err
+    for found, expected in zip(parameters(workdir), parameters(trained)):
+        np.testing.assert_array_equal(found, expected)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dmd_jax.auxiliary import INCEPTION, LPIPS, describe_auxiliary, how_to_make, load_auxiliary
-from dmd_jax.data.images import bytes_to_float
+from dmd_jax.data.sources import bytes_to_float
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import file_sha256
 from dmd_jax.generation import pad_rows
@@ -34,8 +34,6 @@ class Features(NamedTuple):
 
     name: str
     extract: Callable[[np.ndarray], np.ndarray]  # images [N, H, W, C] in [-1, 1] -> [N, D]
-    # Whether `extract` sees the images as bytes by EDM's rule, as published figures do.
-    on_bytes: bool
     logits: Callable[[np.ndarray], np.ndarray] | None  # features [N, D] -> [N, classes]
     # (H, W, C) -> D; a UserError if such images do not fit.
     dimensions: Callable[[tuple[int, ...]], int]
@@ -73,7 +71,7 @@ def feature_extractor(
         not given or not what it should be.
     """
     if name == "pixels":
-        return Features(name, _pixels, False, None, lambda shape: math.prod(shape), {})
+        return Features(name, _pixels, None, lambda shape: math.prod(shape), {})
     if name == "inception":
         return _inception(inception, preprocessing, repeat_grey)
     if name == "vgg16":
@@ -132,7 +130,10 @@ def _of_network(
     logits: Callable[[np.ndarray], np.ndarray] | None,
     origin: dict[str, Any],
 ) -> Features:
-    """Features of a network that takes what `prepare` makes of uint8 [N, H, W, 3]."""
+    """Features of a network that takes what `prepare` makes of uint8 [N, H, W, 3].
+
+    Images become bytes by EDM's rule first, as those behind published figures did.
+    """
     run = _on_devices(network, params)
 
     def dimensions(shape: tuple[int, ...]) -> int:
@@ -153,7 +154,7 @@ def _of_network(
         repeats = 3 // pixels.shape[-1]
         return run(prepare(np.repeat(pixels, repeats, axis=-1)))
 
-    return Features(name, extract, True, logits, dimensions, origin)
+    return Features(name, extract, logits, dimensions, origin)
 
 
 def _on_devices(
@@ -199,7 +200,6 @@ def _users_own(name: str, module_name: str, function_name: str) -> Features:
     return Features(
         name,
         extract,
-        False,
         None,
         lambda shape: extract(np.zeros((1, *shape), np.float32)).shape[1],
         {"module_sha256": file_sha256(file)} if Path(file).is_file() else {},

@@ -108,24 +108,27 @@ class Rows:
 def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Makes a folder for parts that depend on `settings`, or goes on with it.
 
-    Every process calls it; it returns once all have.
+    Every process calls it; it returns once all have, and raises in all if it does in one.
 
     Raises:
       UserError: the folder holds parts of other settings (named), or something else, or cannot
-        be written.
+        be written; or another process was refused.
     """
     path = folder / SETTINGS_FILE
     settings = json.loads(json.dumps(settings))
-    try:
-        if path.exists():
-            _check_settings(json.loads(path.read_text(encoding="utf-8")), settings, folder)
-        elif jax.process_index() == 0:
-            if folder.exists() and any(folder.iterdir()):
-                raise UserError(f"{folder} holds no {SETTINGS_FILE}; expected another --out")
-            write_json(path, settings)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be used: {first_line(error)}") from error
-    multihost_utils.sync_global_devices(f"parts in {folder}")
+
+    def make() -> None:
+        if jax.process_index() > 0 or path.exists():
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds no {SETTINGS_FILE}; expected another --out")
+        write_json(path, settings)
+
+    def check() -> None:
+        _check_settings(json.loads(path.read_text(encoding="utf-8")), settings, folder)
+
+    _together(path, make)
+    _together(path, check)
 
 
 def release(folder: Path, *kinds: Rows) -> None:
@@ -136,6 +139,24 @@ def release(folder: Path, *kinds: Rows) -> None:
             rows.remove()
         (folder / SETTINGS_FILE).unlink(missing_ok=True)
         folder.rmdir()
+
+
+def _together(path: Path, action: Callable[[], None]) -> None:
+    """Acts in every process; all raise if one does, as the others would wait for it."""
+    refused = None
+    try:
+        action()
+    except UserError as error:
+        refused = error
+    except (OSError, ValueError) as error:
+        refused = UserError(f"{path} cannot be used: {first_line(error)}")
+    everywhere = multihost_utils.process_allgather(np.int32(refused is not None))
+    if refused is not None:
+        raise refused
+    if everywhere.any():
+        raise UserError(
+            f"process {everywhere.argmax()} was refused {path.parent}; its message says why"
+        )
 
 
 def _check_settings(found: Any, settings: dict[str, Any], folder: Path) -> None:

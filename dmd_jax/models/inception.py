@@ -84,7 +84,7 @@ _POOLS = {
     "max/2": lambda x: nn.max_pool(x, (3, 3), (2, 2), "VALID"),
 }
 # How bytes are resized, and then scaled.
-_PREPROCESSINGS = {
+PREPROCESSINGS = {
     "pytorch_fid": (bilinear, lambda bytes_: 2 * (bytes_ / 255) - 1),
     "tensorflow": (bilinear_from_the_corner, lambda bytes_: (bytes_ - 128) / 128),
 }
@@ -131,16 +131,16 @@ def preprocess(images: jax.Array, preprocessing: str = "pytorch_fid") -> jax.Arr
     Raises:
       UserError: images without three channels; an unknown preprocessing.
     """
-    if preprocessing not in _PREPROCESSINGS:
+    if preprocessing not in PREPROCESSINGS:
         raise UserError(
             f"Inception preprocessing is {preprocessing!r}; "
-            f"expected one of {', '.join(_PREPROCESSINGS)}"
+            f"expected one of {', '.join(PREPROCESSINGS)}"
         )
     if images.ndim != 4 or images.shape[-1] != 3:
         raise UserError(
             f"Inception got images of shape {images.shape}; expected [B, H, W, 3], three channels"
         )
-    resize, scale = _PREPROCESSINGS[preprocessing]
+    resize, scale = PREPROCESSINGS[preprocessing]
     return scale(resize(jnp.asarray(images, jnp.float32), (SIDE, SIDE)))
 
 

@@ -56,7 +56,7 @@ def test_pixels_are_the_flattened_images():
     features = feature_extractor("pixels")
     found = features.extract(IMAGES)
     np.testing.assert_array_equal(found, [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]])
-    assert found.dtype == np.float32 and not features.on_bytes and features.logits is None
+    assert found.dtype == np.float32 and features.logits is None
     assert features.dimensions((2, 3, 1)) == 6 and features.origin == {}
 
 
@@ -64,7 +64,7 @@ def test_a_function_of_the_users_own_is_imported(plug):
     features = feature_extractor("own_features:mean_and_peak")
     found = features.extract(IMAGES)
     np.testing.assert_array_equal(found, [[2.5, 5.0], [8.5, 11.0]])
-    assert found.dtype == np.float64 and not features.on_bytes
+    assert found.dtype == np.float64
     assert features.dimensions((2, 3, 1)) == 2 and len(features.origin["module_sha256"]) == 64
 
 
@@ -76,7 +76,7 @@ def test_a_network_sees_bytes_by_edms_rule_over_all_devices(channel_sums, monkey
     expected = 2 * np.floor(np.clip(images * 127.5 + 128, 0, 255)).sum(axis=(1, 2))
     found = features.extract(images)
     np.testing.assert_array_equal(found, expected)
-    assert features.on_bytes and found.dtype == np.float32
+    assert found.dtype == np.float32
     np.testing.assert_array_equal(features.logits(found), 2 * expected[:, :2])
 
 

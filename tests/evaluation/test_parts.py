@@ -100,6 +100,44 @@ def test_a_folder_is_claimed_again_with_the_same_settings_alone(tmp_path):
         claim(folder, SETTINGS | {"num": 5})
 
 
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process is the second; what the first one says is in the list, the next one last."""
+    first = []
+    monkeypatch.setattr(parts.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(
+        parts.multihost_utils, "process_allgather", lambda own: np.array([first.pop(), own])
+    )
+    return first
+
+
+def test_a_process_that_comes_later_checks_its_settings(tmp_path, second_of_two, monkeypatch):
+    folder = tmp_path / "run.parts"
+
+    def gather(own):
+        """The first process makes the folder when the second has seen none."""
+        parts.write_json(folder / "settings.json", SETTINGS)
+        return np.array([0, own])
+
+    monkeypatch.setattr(parts.multihost_utils, "process_allgather", gather)
+    claim(folder, SETTINGS)
+    (folder / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"\(seed 1 there, 2 asked for\)"):
+        claim(folder, SETTINGS | {"seed": 2})
+
+
+def test_one_process_that_is_refused_ends_all(tmp_path, second_of_two):
+    folder = tmp_path / "run.parts"
+    second_of_two[:] = [1]
+    with pytest.raises(UserError, match=r"process 0 was refused .*run\.parts"):
+        claim(folder, SETTINGS)
+    assert not folder.exists()
+    # A folder that only the first process sees.
+    second_of_two[:] = [0, 0]
+    with pytest.raises(UserError, match="settings.json cannot be used: .*No such file"):
+        claim(folder, SETTINGS)
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "diary.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds no settings.json; expected another --out"):

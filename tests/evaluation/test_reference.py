@@ -95,6 +95,17 @@ def test_damaged_statistics_are_refused(tmp_path, moments):
         open_reference(str(path), SHAPE, PIXELS)
 
 
+def test_an_archive_of_another_version_is_refused(tmp_path, moments):
+    """zipfile raises a NotImplementedError for it."""
+    path = tmp_path / "r.npz"
+    np.savez(path, **moments)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 99
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"r\.npz: cannot be read .*version 9\.9"):
+        open_reference(str(path), SHAPE, PIXELS)
+
+
 def test_images_that_do_not_fit_the_samples_are_refused(tmp_path, moments):
     path = str(tmp_path / "r.npz")
     np.savez(path, images=np.zeros((9, 2, 2, 3), np.uint8))
