@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dmd_jax.config import MAY_CHANGE, load_config, shipped_config
+from dmd_jax.config import MAY_CHANGE, flatten, load_config, shipped_config
 from dmd_jax.errors import UserError
 
 LOWERED_RATE = 1e-5  # of the paper's runs without regression
@@ -120,11 +118,8 @@ def changes_nothing(config: ConfigDict, name: str) -> bool:
 
 def decisive(config: ConfigDict) -> dict[str, Any]:
     """What decides how a run ends, JSON-able: the config without its paths, cadences and mesh."""
-    values = json.loads(json.dumps(config.to_dict()))
-    for key in set(MAY_CHANGE) - {"steps"}:
-        *parents, last = key.split(".")
-        del functools.reduce(dict.__getitem__, parents, values)[last]
-    return values
+    values = flatten(config.to_dict())
+    return {key: value for key, value in values.items() if key == "steps" or key not in MAY_CHANGE}
 
 
 def paper_fid(config: ConfigDict, name: str) -> float | None:

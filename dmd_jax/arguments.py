@@ -13,9 +13,9 @@ from dmd_jax.config import resolve_config
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import check_ranges
 from dmd_jax.generation import SAMPLERS, ImageMaker
+from dmd_jax.models import DTYPES
 from dmd_jax.weights import Weights, load_weights
 
-DTYPES = ("float32", "bfloat16")
 # Of heun and euler.
 SAMPLER_OPTIONS = {
     "s_churn": "noise added along the way, 0 is deterministic",
@@ -102,7 +102,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--batch-size", type=int, default=256, metavar="B")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default=DTYPES[0], help="that the network computes in"
+        "--dtype", choices=tuple(DTYPES), default="float32", help="that the network computes in"
     )
     for name, text in SAMPLER_OPTIONS.items():
         flag = f"--{name.replace('_', '-')}"

@@ -181,7 +181,7 @@ def resolve_config(
     else:
         config = apply_overrides(saved, overrides)
     if saved is not None:
-        before, after = _flatten(saved.to_dict()), _flatten(config.to_dict())
+        before, after = flatten(saved.to_dict()), flatten(config.to_dict())
         changed = [
             f"{key} is {before.get(key)!r} there, {after.get(key)!r} here"
             for key in sorted(before.keys() | after.keys())
@@ -238,11 +238,12 @@ def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
     return keys
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's values by their dotted names, JSON-able: lists stand for tuples."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             # JSON knows no tuples, at any depth.
             flat[prefix + key] = json.loads(json.dumps(value))

@@ -3,9 +3,9 @@
     python tests/edm_pickle.py --config configs/cifar10_cond.py OUT.pkl
 
 writes one with random weights for the config's network, so that the way from `dmd-jax convert edm`
-to a distilled generator can be tried before anything is downloaded. Weights are drawn in float32
-per state-dict key, n = default_rng(crc32(key)).standard_normal(shape): 0.1 n for vectors, plus 1
-for norm weights; 16 n for Fourier frequencies; n / sqrt(prod(shape[1:])) for the rest.
+to a distilled generator can be tried before anything is downloaded. Weights are drawn per
+state-dict key, n = default_rng(crc32(key)).standard_normal(shape): 0.1 n for vectors, plus 1 for
+norm weights; 16 n for Fourier frequencies; n / sqrt(prod(shape[1:])) for the rest.
 """
 
 from __future__ import annotations
@@ -164,14 +164,14 @@ def drawn_state_dict(network: Mapping[str, Any]) -> dict[str, Callable[[], np.nd
         if name.endswith("aux_residual.weight"):
             shapes[name.replace("weight", "resample_filter")] = None
     return {
-        name: (lambda: kernel) if shape is None else (lambda n=name, s=shape: _drawn(n, s))
+        name: (lambda: kernel) if shape is None else (lambda n=name, s=shape: drawn(n, s))
         for name, shape in shapes.items()
     }
 
 
-def _drawn(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    rng = np.random.default_rng(zlib.crc32(key.encode()))
-    n = rng.standard_normal(shape, np.float32)
+def drawn(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 weights of a state-dict key, of ordinary size in every layer."""
+    n = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
     if key.endswith("freqs"):
         return 16 * n
     if len(shape) == 1:

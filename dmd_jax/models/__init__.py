@@ -17,7 +17,7 @@ from dmd_jax.models.mixture import GaussianMixture, mixture_denoise
 from dmd_jax.models.mlp import MLP
 from dmd_jax.models.songunet import SongUNet
 
-__all__ = ["Denoiser", "build_denoiser", "complete", "edm_denoiser"]
+__all__ = ["DTYPES", "Denoiser", "build_denoiser", "complete", "edm_denoiser"]
 
 _NETWORKS = {
     "songunet": SongUNet,
@@ -26,7 +26,7 @@ _NETWORKS = {
     "gaussian_mixture": GaussianMixture,
 }
 _SIGMA_DATA = (1e-4, 1e4)
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def build_denoiser(network: Mapping[str, Any], *, dtype: str = "float32") -> Denoiser:
@@ -46,8 +46,8 @@ def build_denoiser(network: Mapping[str, Any], *, dtype: str = "float32") -> Den
     Raises:
       UserError: an unknown name, option or dtype, a missing option, or a bad value.
     """
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     options = complete(network)
     name = options.pop("name")
     sigma_data = options.pop("sigma_data", None)
@@ -61,7 +61,7 @@ def build_denoiser(network: Mapping[str, Any], *, dtype: str = "float32") -> Den
         mixture = GaussianMixture(**options)
         return Denoiser(mixture.init, mixture_denoise, mixture.sample_shape, num_classes=0)
 
-    module = _NETWORKS[name](**options, dtype=_DTYPES[dtype])
+    module = _NETWORKS[name](**options, dtype=DTYPES[dtype])
 
     def apply(params, x, c_noise, labels, *, dropout_key=None):
         rngs = None if dropout_key is None else {"dropout": dropout_key}

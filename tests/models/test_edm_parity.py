@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import functools
 import json
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from edm_pickle import drawn
 
 from dmd_jax.convert.edm import network_from_init_kwargs, params_from_state_dict
 from dmd_jax.models import build_denoiser
@@ -36,16 +36,6 @@ def nhwc(images):
 def relative_error(actual, reference_nchw):
     reference = nhwc(reference_nchw)
     return np.abs(np.asarray(actual) - reference).max() / np.abs(reference).max()
-
-
-def drawn(key, shape):
-    n = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
-    if key.endswith("freqs"):
-        return 16 * n
-    if len(shape) == 1:
-        is_scale = "norm" in key.split(".")[-2] and key.endswith("weight")
-        return np.float32(0.1) * n + np.float32(is_scale)
-    return n / np.float32(np.sqrt(np.prod(shape[1:])))
 
 
 def drawn_network(arrays):
