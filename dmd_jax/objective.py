@@ -96,7 +96,9 @@ def generator_loss(
     Args:
       params: the generator's. draws: levels and noise for the matching loss.
       batch: "z" [B, ...] and "cond" for the matching loss; with a regression weight also "z_ref",
-        "y_ref" [R, ...] and "cond_ref". Conditions are None where there are none.
+        "y_ref" [R, ...] and "cond_ref". Without "z_ref" the last R rows of "z" and "cond" are the
+        pairs', whose samples are then in the matching loss as well: Algorithm 1 for Stable
+        Diffusion. Conditions are None where there are none, else pytrees of [B, ...].
       networks, teacher_params, fake_score_params: no gradient flows into the two scores.
       weighting, alpha_factor: of `losses.distribution_matching_gradient`.
       use_fake_score: False leaves the real score alone (Figure 3a): the fake distribution is taken
@@ -125,7 +127,10 @@ def generator_loss(
         loss = matching_weight * metrics["loss_matching"]
         pictures |= scores
     if regression_weight:
-        x_ref = networks.generate(params, batch["z_ref"], batch["cond_ref"])
+        if "z_ref" in batch:
+            x_ref = networks.generate(params, batch["z_ref"], batch["cond_ref"])
+        else:
+            x_ref = x[-len(batch["y_ref"]) :]
         regression = losses.regression_loss(x_ref, batch["y_ref"], distance=distance).mean()
         loss = loss + regression_weight * regression
         metrics["loss_regression"] = regression

@@ -34,7 +34,9 @@ def make_train_step(
     learning_rate: optax.Schedule,
     batch_size: int,
     sample_shape: tuple[int, ...],
-    num_classes: int,
+    num_classes: int = 0,
+    condition: Callable[[Params, Batch], tuple[Any, Any]] | None = None,
+    match_reference: bool = False,
     min_index: int = 20,
     max_index: int = 980,
     fake_weight: Callable[[NoiseLevel], jax.Array] = objective.losses.edm_weight,
@@ -54,8 +56,11 @@ def make_train_step(
       networks: the three roles' functions.
       optimizer, fake_optimizer: of the generator and of the fake score.
       learning_rate: the generator's schedule, for the metrics.
-      batch_size: B, the fresh latents of a step; `sample_shape` is one sample's, without B.
+      batch_size: B, the samples of the matching loss; `sample_shape` is one sample's, without B.
       num_classes: fresh labels are uniform over them; 0 gives every network the condition None.
+      condition: (teacher_params, batch) -> the conditions of the fresh latents and of the pairs,
+        where they come with the batch, as text does; None where labels are the condition.
+      match_reference: the R pairs' latents are among the B, so B - R are fresh; otherwise all are.
       min_index, max_index: bins of the matching loss, both included.
       fake_weight: level -> [B], the denoising loss's weight.
       generator_every: the generator updates on each n-th step, the fake score on all.
@@ -65,22 +70,34 @@ def make_train_step(
       mesh: over whose data and fsdp axes each device works on its own rows.
       loss_options: further options of `objective.generator_loss`.
 
-    The step's batch holds "z_ref", "y_ref" [R, ...] and "label" int32 [R].
+    The step's batch holds "z_ref", "y_ref" [R, ...] and "label" int32 [R], or what `condition`
+    takes in its place.
     """
     options = dict(loss_options or {})
 
-    def draw_all(state: TrainState, batch: Batch) -> dict[str, Any]:
+    def latents(state: TrainState, teacher_params: Params, batch: Batch) -> dict[str, Any]:
+        """What the generator sees: fresh latents, the pairs', and their conditions."""
+        count = batch_size - (len(batch["z_ref"]) if match_reference else 0)
+        z = jax.random.normal(role_key(state.key, state.step, Role.LATENTS), (count, *sample_shape))
+        if condition is not None:
+            cond, cond_ref = condition(teacher_params, batch)
+        elif num_classes:
+            key = role_key(state.key, state.step, Role.LABELS)
+            cond = jax.random.randint(key, (count,), 0, num_classes)
+            cond_ref = batch["label"]
+        else:
+            cond, cond_ref = None, None
+        if not match_reference:
+            return {"z": z, "cond": cond, "z_ref": batch["z_ref"], "cond_ref": cond_ref}
+        # Micro-batches take each n-th row, so each has its part of both.
+        joined = lambda a, b: jnp.concatenate([a, b])  # noqa: E731
+        return {"z": joined(z, batch["z_ref"]), "cond": jax.tree.map(joined, cond, cond_ref)}
+
+    def draw_all(state: TrainState, teacher_params: Params, batch: Batch) -> dict[str, Any]:
         """Everything that a step sees, for the whole batch: micro-batches are parts of it."""
         shape = (batch_size, *sample_shape)
-        cond = jax.random.randint(
-            role_key(state.key, state.step, Role.LABELS), shape[:1], 0, max(num_classes, 1)
-        )
-        return {
-            "z": jax.random.normal(role_key(state.key, state.step, Role.LATENTS), shape),
-            "cond": cond if num_classes else None,
-            "z_ref": batch["z_ref"],
+        return latents(state, teacher_params, batch) | {
             "y_ref": batch["y_ref"],
-            "cond_ref": batch["label"] if num_classes else None,
             "matching": objective.draw(
                 role_key(state.key, state.step, Role.MATCHING),
                 shape,
@@ -141,7 +158,7 @@ def make_train_step(
 
     def train_step(state, teacher_params, perceptual_params, batch):
         update = state.step % generator_every == 0
-        everything = own_rows(draw_all(state, batch))
+        everything = own_rows(draw_all(state, teacher_params, batch))
         generator_grads, fake_grads, metrics = accumulate(
             lambda part: gradients(state, teacher_params, perceptual_params, update, part),
             everything,

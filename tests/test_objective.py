@@ -82,6 +82,42 @@ def test_generator_loss_is_the_papers(setting):
     )
 
 
+def test_pairs_latents_at_the_end_of_z_are_in_both_losses(setting):
+    """Algorithm 1 for Stable Diffusion: x is the concatenation of G(z) and G(z_ref)."""
+    generator, teacher, fake, batch, _ = setting
+    shape = (12, *small.SHAPE)
+    draws = draw(jax.random.key(5), shape, schedule=SCHEDULE, min_index=20, max_index=980)
+    joined = {
+        "z": jnp.concatenate([batch["z"], batch["z_ref"]]),
+        "cond": jnp.concatenate([batch["cond"], batch["cond_ref"]]),
+        "y_ref": batch["y_ref"],
+    }
+
+    def loss_fn(params, of, **options):
+        return generator_loss(
+            params,
+            draws,
+            of,
+            networks=NETWORKS,
+            teacher_params=teacher,
+            fake_score_params=fake,
+            **options,
+        )
+
+    @jax.jit
+    def both(params):
+        found = jax.value_and_grad(loss_fn, has_aux=True)(params, joined)
+        matching = jax.value_and_grad(loss_fn, has_aux=True)(params, joined, regression_weight=0.0)
+        regression = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, matching_weight=0.0)
+        return found, matching, regression
+
+    ((loss, aux), grads), ((first, _), first_grads), ((second, _), second_grads) = both(generator)
+    np.testing.assert_allclose(loss, first + second, rtol=1e-5)
+    for found, a, b in zip(*map(jax.tree.leaves, (grads, first_grads, second_grads))):
+        np.testing.assert_allclose(found, a + b, atol=1e-5 * np.abs(a + b).max())
+    assert aux["x"].shape == shape
+
+
 def test_no_gradient_reaches_the_scores(setting):
     generator, teacher, fake, batch, draws = setting
 

@@ -210,6 +210,34 @@ def test_accumulation_changes_nothing(one_device):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
 
 
+def test_reference_latents_in_the_matching_loss_on_any_mesh_in_any_parts():
+    """Stable Diffusion's form of the step, with conditions that come with the batch."""
+
+    def batch(k):
+        rows = small.pairs_batch(k, BATCH)
+        return rows | {"fresh_label": small.pairs_batch(100 + k, BATCH)["label"]}
+
+    options = dict(
+        batch_size=2 * BATCH,
+        match_reference=True,
+        condition=lambda teacher_params, batch: (batch["fresh_label"], batch["label"]),
+    )
+    mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
+    state, history, _ = run(make_step(**options), mesh, 3, batch)
+    mesh = sharding.make_mesh(2, 2, devices=jax.devices()[:4])
+    found, parts, _ = run(make_step(mesh=mesh, accumulation=2, **options), mesh, 3, batch)
+    for ours, theirs in zip(parts, history):
+        for name in theirs:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
+    assert_same(found, jax.device_get(state))
+
+    # The first step's regression by hand: the pairs' samples against their images.
+    rows, teacher = batch(0), small.init(jax.random.key(0))
+    x_ref = NETWORKS.generate(teacher, rows["z_ref"], rows["label"])
+    expected = np.mean((np.asarray(x_ref) - rows["y_ref"]) ** 2)
+    np.testing.assert_allclose(history[0]["loss_regression"], expected, rtol=1e-5)
+
+
 def test_generator_updates_on_each_second_step():
     mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
     states = []
