@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.layers import (
@@ -21,6 +20,7 @@ from dmd_jax.models.layers import (
     augment_embedding,
     conv,
     dense,
+    positional_embedding,
 )
 from dmd_jax.models.unet import Levels, check_input, check_unet
 
@@ -112,7 +112,7 @@ class DhariwalUNet(nn.Module, Levels):
 
     def _embed(self, c_noise, labels_onehot):
         width = self.model_channels * self.channel_mult_emb
-        emb = _positional_embedding(c_noise, self.model_channels)
+        emb = positional_embedding(c_noise, self.model_channels, freq_shift=0, cosines_first=True)
         if self.augment_dim:
             emb = emb + augment_embedding(self.model_channels, self.augment_dim)
         emb = nn.silu(dense(width, name="map_layer0", init=_UNIFORM)(emb))
@@ -151,11 +151,3 @@ class DhariwalUNet(nn.Module, Levels):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = block(x, f"{prefix}_block{index}", features, attention=self.attends(level))
         return x
-
-
-def _positional_embedding(c_noise: jax.Array, features: int) -> jax.Array:
-    """[B] -> [B, features]: cosines, then sines, of frequencies from 1 down towards 1/10000."""
-    half = features // 2
-    freqs = 10000.0 ** -(np.arange(half) / half)
-    angles = jnp.outer(c_noise, jnp.asarray(freqs, jnp.float32))
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -17,16 +17,25 @@ import numpy as np
 from jax import lax
 
 from dmd_jax.errors import UserError
+from dmd_jax.models.attention import attend
 
 SQRT_HALF = math.sqrt(0.5)
 
 
-def positional_embedding(c_noise: jax.Array, features: int) -> jax.Array:
-    """[B] -> [B, features]: sines, then cosines, of frequencies 1 down to exactly 1/10000."""
+def positional_embedding(
+    c_noise: jax.Array, features: int, *, freq_shift: int = 1, cosines_first: bool = False
+) -> jax.Array:
+    """[B] -> [B, features]: sines, then cosines, of frequencies from 1 down to 1/10000.
+
+    The frequencies are 10000^(-i / (features / 2 - freq_shift)): exactly 1/10000 is reached where
+    freq_shift is 1, and only nearly where it is 0. SongUNet has the sines first,
+    DhariwalUNet and Stable Diffusion the cosines.
+    """
     half = features // 2
-    freqs = 10000.0 ** -(np.arange(half) / (half - 1))
+    freqs = 10000.0 ** -(np.arange(half) / (half - freq_shift))
     angles = jnp.outer(c_noise, jnp.asarray(freqs, jnp.float32))
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    waves = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(waves[::-1] if cosines_first else waves, axis=-1)
 
 
 class FourierEmbedding(nn.Module):
@@ -93,6 +102,12 @@ def dense(
     return nn.Dense(features, use_bias=use_bias, kernel_init=init, dtype=jnp.float32, name=name)
 
 
+def layer_norm(*, name: str, dtype: jnp.dtype, epsilon: float = 1e-5) -> nn.LayerNorm:
+    """Layer normalisation with statistics in float32; epsilon is PyTorch's default."""
+    # Linen's default takes the variance as E[x^2] - E[x]^2, which cancels where the mean is large.
+    return nn.LayerNorm(epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
 def augment_embedding(features: int, augment_dim: int) -> jax.Array:
     """What augmentation labels add to the embedding, [1, features]: nothing, for they are zero.
 
@@ -104,15 +119,16 @@ def augment_embedding(features: int, augment_dim: int) -> jax.Array:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over at least 4 channels a group, with statistics in float32."""
+    """Group normalisation with statistics in float32."""
 
     epsilon: float = 1e-6
+    groups: int | None = None  # None: 32, or fewer where a group would have less than 4 channels
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, H, W, C] -> the same shape and dtype."""
         channels = x.shape[-1]
-        groups = min(32, channels // 4)
+        groups = min(32, channels // 4) if self.groups is None else self.groups
         if not groups or channels % groups:
             raise UserError(
                 f"{self.name}: {channels} channels do not divide into {groups} groups; expected "
@@ -245,7 +261,6 @@ class UNetBlock(nn.Module):
         qkv = conv(3 * channels, 1, name="qkv", dtype=self.dtype, init=self.inits.qkv)(x)
         # The checkpoints' layout: heads outermost, q, k and v innermost.
         qkv = qkv.reshape(batch, height * width, self.num_heads, channels // self.num_heads, 3)
-        # Scales the logits by 1/sqrt(channels a head); softmax in float32.
-        h = jax.nn.dot_product_attention(qkv[..., 0], qkv[..., 1], qkv[..., 2])
+        h = attend(qkv[..., 0], qkv[..., 1], qkv[..., 2])
         h = h.reshape(batch, height, width, channels)
         return conv(channels, 1, name="proj", dtype=self.dtype, init=self.inits.last)(h)

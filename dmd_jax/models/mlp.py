@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.layers import FourierEmbedding, dense, positional_embedding
+from dmd_jax.models.unet import RawNetwork
 
 
-class MLP(nn.Module):
+class MLP(nn.Module, RawNetwork):
     """The raw network F(x; c_noise, labels) on points: `depth` hidden layers of SiLU.
 
     Every hidden layer gets the embedding of the noise level (and the label) added, so that

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 
@@ -24,7 +27,16 @@ _MOST_LEVELS = _MOST_TAPS = 16
 _LARGEST_TAP = 1e6
 
 
-class Levels:
+class RawNetwork:
+    """What networks F(x; c_noise, labels) under EDM's preconditioning have in common."""
+
+    def example_inputs(self) -> tuple[jax.Array | None, ...]:
+        """Zeros for `init`: x, c_noise, and labels where there are any."""
+        labels = jnp.zeros((1, self.label_dim)) if self.label_dim else None
+        return jnp.zeros((1, *self.sample_shape)), jnp.zeros(1), labels
+
+
+class Levels(RawNetwork):
     """A U-Net's levels: level 0 has the image's resolution, each further one half of it."""
 
     @property
@@ -44,14 +56,22 @@ class Levels:
         return f"{half}_{size}x{size}"
 
 
+def check_sizes(network: nn.Module, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raises a UserError that names the first field, number or numbers, out of (least, most)."""
+    for field, (least, most) in limits.items():
+        value = getattr(network, field)
+        sizes = value if isinstance(value, Sequence) else (value,)
+        if not sizes or not all(least <= size <= most for size in sizes):
+            raise UserError(
+                f"{type(network).__name__} {field} is {str(value)[:100]}; "
+                f"expected {least} to {most}"
+            )
+
+
 def check_unet(network: nn.Module) -> None:
     """Raises a UserError that names the first option of a U-Net of EDM's that is impossible."""
     name = type(network).__name__
-    for field, (least, most) in _SIZES.items():
-        value = getattr(network, field, least)
-        sizes = value if field == "channel_mult" else (value,)
-        if not sizes or not all(least <= size <= most for size in sizes):
-            raise UserError(f"{name} {field} is {str(value)[:100]}; expected {least} to {most}")
+    check_sizes(network, {field: _SIZES[field] for field in _SIZES if hasattr(network, field)})
     levels = len(network.channel_mult)
     if levels > _MOST_LEVELS:
         raise UserError(f"{name} channel_mult has {levels} levels; expected 1 to {_MOST_LEVELS}")

@@ -1,0 +1,52 @@
+"""The one function through which every network attends."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dmd_jax.errors import UserError
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    causal: bool = False,
+) -> jax.Array:
+    """Scaled dot-product attention, softmax(q k^T / sqrt(K)) v (arXiv 1706.03762, Eq. 1).
+
+    Which implementation runs is decided here and nowhere else; it is XLA's on every device.
+
+    Args:
+      q: [B, L, H, K], H heads of K channels. k, v: [B, S, H, K], of q's dtype.
+      mask: bool, broadcastable to [B, H, L, S]; True where a query sees a key. A query that sees
+        none gets the mean of all values.
+      causal: query i sees keys 0 to i, in addition to what `mask` demands.
+
+    Returns:
+      [B, L, H, K] in q's dtype. Logits and softmax are float32.
+
+    Raises:
+      UserError: shapes that do not fit together.
+    """
+    batch, _, heads, channels = q.shape
+    if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, heads, channels):
+        raise UserError(
+            f"attention of q {q.shape} to k {k.shape} and v {v.shape}; expected [B, L, H, K] and "
+            "twice [B, S, H, K]"
+        )
+    if mask is not None:
+        shape = (batch, heads, q.shape[1], k.shape[1])
+        if mask.dtype != jnp.bool_ or mask.ndim != 4 or not _broadcasts(mask.shape, shape):
+            raise UserError(
+                f"attention mask is {mask.dtype} of shape {mask.shape}; expected bool, "
+                f"broadcastable to {shape}"
+            )
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return all(size in (1, expected) for size, expected in zip(shape, to))

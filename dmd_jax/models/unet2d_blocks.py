@@ -1,0 +1,180 @@
+"""The blocks that Stable Diffusion's U-Net and its autoencoder are both made of.
+
+Modules are named as in PyTorch diffusers, whose parameters they take (see convert.torch_layout).
+Parameters are float32; `dtype` is what convolutions and matmuls compute in, norms are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dmd_jax.models.attention import attend
+from dmd_jax.models.layers import GroupNorm, conv, dense
+
+Size = tuple[int, int]  # height, width
+# Makes a module that is given its fields and its name.
+Block = Callable[..., nn.Module]
+
+
+class ResnetBlock2D(nn.Module):
+    """Residual block: norm, SiLU, convolution twice; the embedding is added between."""
+
+    features: int
+    groups: int
+    epsilon: float  # of the norms
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, emb: jax.Array | None = None) -> jax.Array:
+        """x [B, H, W, C], emb [B, E] or None -> [B, H, W, features]."""
+        h = nn.silu(GroupNorm(self.epsilon, self.groups, name="norm1")(x))
+        h = conv(self.features, 3, name="conv1", dtype=self.dtype)(h)
+        if emb is not None:
+            shift = dense(self.features, name="time_emb_proj")(nn.silu(emb)).astype(self.dtype)
+            h = h + shift[:, None, None, :]
+        h = nn.silu(GroupNorm(self.epsilon, self.groups, name="norm2")(h))
+        h = conv(self.features, 3, name="conv2", dtype=self.dtype)(h)
+        if x.shape[-1] != self.features:
+            x = conv(self.features, 1, name="conv_shortcut", dtype=self.dtype)(x)
+        return x + h
+
+
+class Downsample2D(nn.Module):
+    """A convolution of stride 2."""
+
+    features: int
+    padding_before: int  # zeros above and on the left; there is one below and on the right
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, W, C] -> [B, H', W', features]: half the size, rounded up (padding 1) or down.
+
+        The U-Net pads by (1, 1), the autoencoder by (0, 1); "SAME" is neither for every size.
+        """
+        padding = [(self.padding_before, 1)] * 2
+        strided = nn.Conv(self.features, (3, 3), 2, padding=padding, dtype=self.dtype, name="conv")
+        return strided(x)
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour enlargement and a convolution."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, size: Size | None = None) -> jax.Array:
+        """x [B, H, W, C] -> [B, *size, features]; twice the size where `size` is None."""
+        height, width = size or (2 * x.shape[1], 2 * x.shape[2])
+        x = nearest(x, (height, width))
+        return conv(self.features, 3, name="conv", dtype=self.dtype)(x)
+
+
+def nearest(x: jax.Array, size: Size) -> jax.Array:
+    """Images [B, H, W, C] enlarged: row i of the result is row floor(i H / height) of x.
+
+    PyTorch's nearest; jax.image.resize takes the row at the pixel's centre, which is another one
+    where the size is not a multiple.
+    """
+    for axis, length in zip((1, 2), size):
+        if length == 2 * x.shape[axis]:
+            x = jnp.repeat(x, 2, axis=axis)
+        else:
+            x = jnp.take(x, jnp.arange(length) * x.shape[axis] // length, axis=axis)
+    return x
+
+
+class DownBlock2D(nn.Module):
+    """A level of an encoder: residual blocks, each with attention behind it or without."""
+
+    features: int
+    layers: int
+    resnet: Block
+    attention: Block | None  # takes (x, context)
+    downsample: Block | None  # None: the last level
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, emb: jax.Array | None = None, context: jax.Array | None = None
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """Returns the level's output and the activations that the decoder is given."""
+        skips = []
+        for index in range(self.layers):
+            x = self.resnet(self.features, name=f"resnets_{index}")(x, emb)
+            if self.attention is not None:
+                x = self.attention(name=f"attentions_{index}")(x, context)
+            skips.append(x)
+        if self.downsample is not None:
+            x = self.downsample(self.features, name="downsamplers_0")(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock2D(nn.Module):
+    """The middle: a residual block, attention, a residual block."""
+
+    features: int
+    resnet: Block
+    attention: Block | None  # takes (x, context)
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, emb: jax.Array | None = None, context: jax.Array | None = None
+    ) -> jax.Array:
+        x = self.resnet(self.features, name="resnets_0")(x, emb)
+        if self.attention is not None:
+            x = self.attention(name="attentions_0")(x, context)
+        return self.resnet(self.features, name="resnets_1")(x, emb)
+
+
+class UpBlock2D(nn.Module):
+    """A level of a decoder, a mirrored DownBlock2D; the U-Net's also gets the encoder's skips."""
+
+    features: int
+    layers: int
+    resnet: Block
+    attention: Block | None  # takes (x, context)
+    upsample: Block | None  # None: the last level
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        emb: jax.Array | None = None,
+        context: jax.Array | None = None,
+        *,
+        skips: Sequence[jax.Array] | None = None,
+        size: Size | None = None,
+    ) -> jax.Array:
+        """skips: one for each layer, in the encoder's order. size: what x is enlarged to."""
+        for index in range(self.layers):
+            if skips is not None:
+                x = jnp.concatenate([x, skips[self.layers - 1 - index]], axis=-1)
+            x = self.resnet(self.features, name=f"resnets_{index}")(x, emb)
+            if self.attention is not None:
+                x = self.attention(name=f"attentions_{index}")(x, context)
+        if self.upsample is not None:
+            x = self.upsample(self.features, name="upsamplers_0")(x, size)
+        return x
+
+
+def project_and_attend(
+    x: jax.Array, context: jax.Array, *, num_heads: int, use_bias: bool, dtype: jnp.dtype
+) -> jax.Array:
+    """Multi-head attention of x [B, L, C] to context [B, S, D], to be called in a compact method.
+
+    The layers are to_q, to_k, to_v (with biases or not) and to_out_0 (with one) of the caller.
+    """
+    channels = x.shape[-1]
+
+    def heads(name: str, source: jax.Array) -> jax.Array:
+        projected = nn.Dense(channels, use_bias=use_bias, dtype=dtype, name=name)(source)
+        return projected.reshape(*source.shape[:2], num_heads, channels // num_heads)
+
+    h = attend(heads("to_q", x), heads("to_k", context), heads("to_v", context))
+    return nn.Dense(channels, dtype=dtype, name="to_out_0")(h.reshape(x.shape))

@@ -1,0 +1,65 @@
+"""The attention function against its equation, in NumPy's float64."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmd_jax.errors import UserError
+from dmd_jax.models.attention import attend
+
+B, L, S, H, K = 2, 5, 7, 3, 4
+
+
+def by_hand(q, k, v, seen):
+    logits = np.einsum("blhk,bshk->bhls", *(x.astype(np.float64) for x in (q, k))) / math.sqrt(K)
+    weights = np.where(seen, np.exp(logits - logits.max(axis=-1, keepdims=True)), 0.0)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("bhls,bshk->blhk", weights, v.astype(np.float64))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_it_is_its_equation(masked, causal):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((B, size, H, K), np.float32) * 2 for size in (L, S, S))
+    seen = np.ones((B, H, L, S), bool)
+    mask = None
+    if masked:
+        mask = rng.random((B, 1, 1, S)) < 0.6
+        mask[..., 0] = True  # each query sees something
+        seen &= mask
+    if causal:
+        seen &= np.tril(np.ones((L, S), bool))
+    actual = attend(q, k, v, mask=None if mask is None else jnp.asarray(mask), causal=causal)
+    assert actual.shape == (B, L, H, K) and actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, by_hand(q, k, v, seen), rtol=0, atol=2e-6)
+
+
+def test_logits_and_softmax_are_float32_in_bfloat16():
+    """Logits of 256 and 256.5, which bfloat16 cannot tell apart, and values of 0 and 1."""
+    q = jnp.array([16.0, 16.0, 1.0, 0.0], jnp.bfloat16).reshape(1, 1, 1, 4)
+    k = jnp.array([[32.0, 0, 0, 0], [32.0, 0, 1, 0]], jnp.bfloat16).reshape(1, 2, 1, 4)
+    v = jnp.array([[0.0] * 4, [1.0] * 4], jnp.bfloat16).reshape(1, 2, 1, 4)
+    actual = attend(q, k, v)
+    assert actual.dtype == jnp.bfloat16
+    expected = 1 / (1 + math.exp(-0.5))  # 0.622; equal weights would give 0.5
+    np.testing.assert_allclose(np.asarray(actual, np.float32), expected, rtol=0, atol=2**-8)
+
+
+def test_what_does_not_fit_is_refused():
+    q, k = jnp.zeros((B, L, H, K)), jnp.zeros((B, S, H, K))
+    for other in (jnp.zeros((B, S, H, 8)), jnp.zeros((B, S, 1, K)), jnp.zeros((1, S, H, K))):
+        with pytest.raises(
+            UserError, match=r"attention of q \(2, 5, 3, 4\) to k .* \[B, S, H, K\]"
+        ):
+            attend(q, other, other)
+    with pytest.raises(UserError, match="and v"):
+        attend(q, k, k[:, :3])
+    wrong = (jnp.zeros((B, H, L, S)), jnp.ones((L, S), bool), jnp.ones((B, H, S, L), bool))
+    for mask in wrong:
+        with pytest.raises(UserError, match=r"attention mask is .* to \(2, 3, 5, 7\)"):
+            attend(q, k, k, mask=mask)
