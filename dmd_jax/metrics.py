@@ -93,14 +93,14 @@ class Progress:
     Rewritten in place on a terminal, a new line now and then elsewhere.
 
     Args:
-      name: of the job. total: units to reach. start: units done before. unit: of the rate; a step
-        counts `per_step` of them.
+      name: of the job. total: units to reach, None where that is not known. start: units done
+        before. unit: of the rate; a step counts `per_step` of them.
     """
 
     def __init__(
         self,
         name: str,
-        total: int,
+        total: int | None,
         *,
         start: int = 0,
         unit: str = "images",
@@ -121,13 +121,13 @@ class Progress:
         self.rate = (done - self._last) * self._per_step / elapsed
         average = (done - self._first) / max(present - self._started, 1e-9)
         self._last, self._measured = done, present
-        left = duration((self._total - done) / average) if average > 0 else "?"
-        line = (
-            f"{self._name}  {done:,}/{self._total:,}  {self.rate:,.1f} {self._unit}/s  "
-            f"{left} left  {note}".rstrip()
-        )
+        of = left = ""
+        if self._total is not None:
+            of = f"/{self._total:,}"
+            left = f"{duration((self._total - done) / average) if average > 0 else '?'} left  "
+        line = f"{self._name}  {done:,}{of}  {self.rate:,.1f} {self._unit}/s  {left}{note}".rstrip()
         if self._enabled:
-            end = "" if self._terminal and done < self._total else "\n"
+            end = "" if self._terminal and (self._total is None or done < self._total) else "\n"
             print(
                 f"\r\x1b[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True
             )

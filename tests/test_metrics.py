@@ -27,6 +27,13 @@ def test_progress_tells_rate_and_time_left(monkeypatch, capsys):
     assert lines[1] == "train  310/1,000  40.0 images/s  1m44s left  loss 0.5"
 
 
+def test_progress_without_a_known_end(monkeypatch, capsys):
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    metrics.Progress("check", None, unit="rows").update(5000, "so far")
+    assert capsys.readouterr().err == "check  5,000  500.0 rows/s  so far\n"
+
+
 def test_lines_after_the_step_to_go_on_from_are_dropped(tmp_path):
     writer = metrics.MetricsWriter(tmp_path)
     for step in (1, 2, 3):

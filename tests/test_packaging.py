@@ -110,20 +110,24 @@ def test_wheel_metadata(wheel, metadata):
 
 def test_what_is_imported_is_what_is_required(metadata):
     requirements = required(metadata)
-    base = {canonicalize_name(requirement.name) for requirement in requirements[""]}
-    tfds = {canonicalize_name(requirement.name) for requirement in requirements["tfds"]}
-    assert imported_distributions(PACKAGE) == base | tfds
+    names = {
+        canonicalize_name(requirement.name)
+        for extra in ("", "text", "tfds")
+        for requirement in requirements[extra]
+    }
+    assert imported_distributions(PACKAGE) == names
 
 
 def test_pins_satisfy_what_is_required(metadata):
     requirements = required(metadata)
     pinned = pins("requirements.txt")
     oracle = pins("tests/requirements-torch.txt")
-    for extra in ("", "lpips", "tfds", "test"):
+    for extra in ("", "lpips", "text", "tfds", "test"):
         for requirement in requirements[extra]:
             assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
     for requirement in requirements["torch"]:
-        assert requirement.specifier.contains(oracle[canonicalize_name(requirement.name)])
+        pin = (pinned | oracle)[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pin)
     assert not pinned.keys() & oracle.keys()
 
 

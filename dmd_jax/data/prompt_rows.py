@@ -1,0 +1,278 @@
+"""Prompts row by row out of .txt, .jsonl, .parquet and WebDataset .tar files.
+
+A row is a line, a JSON object on a line, a row of a table, or a sample of a tar; rows are counted
+from 1. A row that gives no prompt is broken and says why: text that is no UTF-8, damaged JSON, a
+key that is missing, a value that is no text, an empty line, or more than MAX_ROW_BYTES.
+
+An empty line is broken, since a stray one looks the same. An empty string in JSON, a table or a
+tar is somebody's word and kept: to the pipeline it is the prompt that guidance takes for none.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dmd_jax.errors import UserError, first_line
+
+KEYS = ("caption", "text", "prompt")
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".tar")
+MAX_ROW_BYTES = 1 << 20
+_BOM = "\ufeff".encode()
+
+
+class BrokenRow(NamedTuple):
+    """A row that gives no prompt. where: file and row. problem: what is wrong with it."""
+
+    where: str
+    problem: str
+
+
+class _Problem(Exception):
+    pass
+
+
+class PromptRows:
+    """The rows of a source in order, each the UTF-8 bytes of a prompt or a BrokenRow.
+
+    May be iterated again, with the same result as long as the files stay. Nothing is extracted,
+    and no more than a row or a batch of a table is held.
+
+    Args:
+      source: a file; a folder, whose files of one suffix are taken, hidden ones left out; or a
+        pattern such as "data/*.tar". Several files are read in the order of their names.
+      key: of JSON objects and the column of tables. None: the first of caption, text and prompt, in
+        any case, that is found in the first row (or table) that has one of them, for all others
+        too; and in a tar, a sample's .txt before its .json.
+
+    Raises UserError for a source that does not exist, holds no file or several kinds; and, when it
+    is iterated, for a file that cannot be read, and a table that has no such column of text.
+    """
+
+    def __init__(self, source: str | os.PathLike, *, key: str | None = None):
+        self.files = _find_files(str(source))
+        self.key = key  # once it is known
+        self._asked = key
+        self._read = {
+            ".txt": self._text_rows,
+            ".jsonl": self._json_rows,
+            ".parquet": self._table_rows,
+            ".tar": self._tar_rows,
+        }[self.files[0].suffix]
+
+    def __iter__(self) -> Iterator[bytes | BrokenRow]:
+        for path in self.files:
+            try:
+                yield from self._read(path)
+            except UserError:
+                raise
+            except Exception as error:  # Arrow, tarfile and zlib each raise their own
+                kind = path.suffix.removeprefix(".")
+                raise UserError(
+                    f"{path}: cannot be read as {kind} ({first_line(error)})"
+                ) from error
+
+    def _text_rows(self, path: Path) -> Iterator[bytes | BrokenRow]:
+        for number, line in _lines(path):
+            try:
+                yield _not_empty(_utf8(line))
+            except _Problem as problem:
+                yield BrokenRow(f"{path} line {number}", str(problem))
+
+    def _json_rows(self, path: Path) -> Iterator[bytes | BrokenRow]:
+        for number, line in _lines(path):
+            try:
+                yield self._from_json(_not_empty(_utf8(line)))
+            except _Problem as problem:
+                yield BrokenRow(f"{path} line {number}", str(problem))
+
+    def _table_rows(self, path: Path) -> Iterator[bytes | BrokenRow]:
+        try:
+            import pyarrow as pa
+            from pyarrow import parquet
+        except ImportError as error:
+            raise UserError(
+                f"{path}: needs the package pyarrow; install it with pip install 'dmd_jax[text]'"
+            ) from error
+        with parquet.ParquetFile(path) as table:
+            schema = table.schema_arrow
+            if not self._holds_key(schema.names):
+                raise UserError(f"{path}: {self._no_key(schema.names)}")
+            column = schema.field(self.key).type
+            if pa.types.is_dictionary(column):
+                column = column.value_type
+            if column not in (
+                *(pa.string(), pa.large_string(), pa.string_view()),
+                *(pa.binary(), pa.large_binary(), pa.binary_view()),
+            ):
+                raise UserError(f"{path}: column {self.key!r} is {column}, expected text")
+            number = 0
+            for batch in table.iter_batches(batch_size=4096, columns=[self.key]):
+                values = batch.column(0)
+                if pa.types.is_dictionary(values.type):
+                    values = values.dictionary_decode()
+                # As bytes: Arrow does not check that a string is UTF-8.
+                for value in values.cast(pa.large_binary()).to_pylist():
+                    number += 1
+                    try:
+                        yield _utf8(_text(value))
+                    except _Problem as problem:
+                        yield BrokenRow(f"{path} row {number}", str(problem))
+
+    def _tar_rows(self, path: Path) -> Iterator[bytes | BrokenRow]:
+        for sample, members in _tar_samples(path):
+            try:
+                if "txt" in members and self._asked is None:
+                    yield _utf8(members["txt"])
+                elif "json" in members:
+                    yield self._from_json(_utf8(members["json"]))
+                else:
+                    raise _Problem("no .json" if self._asked else "no .txt and no .json")
+            except _Problem as problem:
+                yield BrokenRow(f"{path} sample {sample}", str(problem))
+
+    def _from_json(self, text: bytes) -> bytes:
+        try:
+            row = json.loads(text.decode())
+        except (ValueError, RecursionError) as error:
+            raise _Problem(f"damaged JSON: {first_line(error)}") from error
+        if not isinstance(row, dict):
+            raise _Problem("no JSON object")
+        if not self._holds_key(row):
+            raise _Problem(self._no_key(row))
+        return _utf8(_text(row[self.key]))
+
+    def _holds_key(self, names: Iterable[str]) -> bool:
+        if self.key is None:
+            found = (name for key in KEYS for name in names if name.lower() == key)
+            self.key = next(found, None)
+        return self.key is not None and self.key in names
+
+    def _no_key(self, names: Iterable[str]) -> str:
+        wanted = f"no key {self.key!r}" if self.key else f"no key {', '.join(KEYS)}"
+        there = [repr(name)[:40] for name in names]
+        named = ", ".join(there[:10]) + (", …" if len(there) > 10 else "")
+        return f"{wanted}; those there: {named or 'none'}"
+
+
+def _find_files(source: str) -> list[Path]:
+    path = Path(source)
+    if path.is_dir():
+        files = _in_folder(path)
+    elif path.exists() or not glob.has_magic(source):
+        files = [path]
+    else:
+        files = [Path(name) for name in sorted(glob.glob(source, recursive=True))]
+    expected = f"expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+    if not files:
+        raise UserError(f"{source}: holds no prompts, {expected}")
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{source}: no such file or folder, {expected}")
+        if file.suffix not in SUFFIXES:
+            raise UserError(f"{file}: unknown kind of file {file.suffix!r}, {expected}")
+        if not file.is_file():  # opening a pipe would wait for ever
+            raise UserError(f"{file}: expected a regular file")
+    if len(suffixes := sorted({file.suffix for file in files})) > 1:
+        raise UserError(
+            f"{source}: holds {' and '.join(suffixes)}; expected files of one kind, such as "
+            f"'{source if path.is_dir() else '.'}/*{suffixes[0]}'"
+        )
+    return files
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    try:
+        files = [
+            path
+            for path in sorted(folder.iterdir())
+            if path.suffix in SUFFIXES and not path.name.startswith(".")
+        ]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({first_line(error)})") from error
+    root = os.path.realpath(folder)
+    for path in files:
+        if os.path.commonpath((root, os.path.realpath(path))) != root:
+            raise UserError(
+                f"{folder}: the link {path.name} leads out of the folder; "
+                f"expected its files, or '{folder}/*{path.suffix}' to follow links"
+            )
+    return files
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The number and bytes of each line, without its end; of one that is too long, a part."""
+    with open(path, "rb") as stream:
+        number, limit = 0, MAX_ROW_BYTES + 2
+        while line := stream.readline(limit):
+            number += 1
+            rest = line
+            while len(rest) == limit and not rest.endswith(b"\n"):
+                rest = stream.readline(limit)
+            yield number, _without_end(line.removeprefix(_BOM) if number == 1 else line)
+
+
+def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The key of each sample of a WebDataset and its members "txt" and "json".
+
+    A sample is the consecutive members whose names are equal up to the first dot of the last part.
+    Links, folders and hidden files are passed over.
+    """
+    # Not as a stream: images between the texts are skipped by seeking, which reads none of them.
+    with tarfile.open(path, "r:") as tar:
+        present, members = None, {}
+        while (member := tar.next()) is not None:
+            tar.members = []  # or they would all be held
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            if not member.isreg() or not stem or not extension:
+                continue
+            if (sample := folder + slash + stem) != present:
+                if present is not None:
+                    yield present, members
+                present, members = sample, {}
+            if (extension := extension.lower()) in ("txt", "json") and extension not in members:
+                content = tar.extractfile(member).read(MAX_ROW_BYTES + 2)
+                members[extension] = _without_end(content.removeprefix(_BOM))
+        if present is not None:
+            yield present, members
+        # tarfile takes a damaged header for the end; the true one is a block of zeros.
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise UserError(f"{path}: truncated or damaged, no end where it should be")
+
+
+def _without_end(line: bytes) -> bytes:
+    return line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _not_empty(line: bytes) -> bytes:
+    if not line.strip():
+        raise _Problem("empty line")
+    return line
+
+
+def _text(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise _Problem(f"no text but {'null' if value is None else type(value).__name__}")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
+        raise _Problem(f"no valid Unicode: {error.reason}") from error
+
+
+def _utf8(content: bytes) -> bytes:
+    if len(content) > MAX_ROW_BYTES:
+        raise _Problem(f"more than {MAX_ROW_BYTES:,} bytes")
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise _Problem(f"no UTF-8: {error.reason} at byte {error.start}") from error
+    return content

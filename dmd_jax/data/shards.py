@@ -1,0 +1,242 @@
+"""ArrayRecord shards beside a metadata.json, which pairs and prompts have in common.
+
+A folder holds metadata.json and the shards KIND-00000-of-00040.array_record, …; shard s holds the
+records s * shard_size and following. ArrayRecord keeps and checks a 64-bit hash of every record, so
+a record that was damaged on disk is noticed when it is read.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import logging
+import operator
+import os
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from dmd_jax.data.shards_metadata import METADATA_FILE, ShardedMetadata, read_metadata
+from dmd_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MAX_OPEN_SHARDS = 256  # well below the usual limit of 1024 open files
+
+
+def write_shards(
+    folder: str | os.PathLike,
+    metadata: ShardedMetadata,
+    records: Callable[[int, int], Iterable[bytes]],
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes the shards of this process that are not finished yet: process_index::process_count.
+
+    A shard is written under a temporary name and renamed when it is whole and on the disk, so a
+    run that was stopped anywhere is continued by the same call. A shard under its own name that
+    does not hold its number of records is torn: it is reported through logging and made again.
+
+    Args:
+      folder: made if need be; all processes share it.
+      metadata: must equal that of the folder, if it has one.
+      records: (start, stop) -> the records with these numbers; asked in ascending order.
+      progress: called with this process's records that are done and its records in all; first with
+        what was found finished, then after each shard.
+
+    Raises UserError if the folder holds others (naming the keys that differ; nothing is
+    overwritten) and if it cannot be written to (finished shards are kept).
+    """
+    folder = Path(folder)
+    _claim_folder(folder, metadata, process_index)
+    shards = range(process_index, metadata.num_shards, process_count)
+    sizes = {shard: len(range(*metadata.shard_range(shard))) for shard in shards}
+    missing = [
+        shard
+        for shard in shards
+        if not _is_whole(folder / metadata.shard_name(shard), sizes[shard], metadata.KIND)
+    ]
+    total = sum(sizes.values())
+    done = total - sum(sizes[shard] for shard in missing)
+    if progress:
+        progress(done, total)
+    for shard in missing:
+        contents = records(*metadata.shard_range(shard))
+        _write_shard(folder / metadata.shard_name(shard), contents, sizes[shard], metadata.KIND)
+        done += sizes[shard]
+        if progress:
+            progress(done, total)
+
+
+class ShardReader:
+    """The records of a finished folder. May be pickled, and read from several threads.
+
+    Shards are opened when they are first read.
+
+    Raises UserError if shards are missing or truncated, and, when a record is read, if it is
+    damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike, metadata: ShardedMetadata):
+        self._folder, self._metadata = Path(folder), metadata
+        self._check_shards()
+        self._readers, self._lock = collections.OrderedDict(), threading.Lock()
+
+    def _check_shards(self) -> None:
+        kind, shards = self._metadata.KIND, range(self._metadata.num_shards)
+        present = set(os.listdir(self._folder))
+        missing = [name for name in map(self._metadata.shard_name, shards) if name not in present]
+        if missing:
+            named = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+            raise UserError(
+                f"{self._folder}: {len(missing)} of {len(shards)} shards are missing ({named}): "
+                f"not finished, run {kind} again"
+            )
+        for shard in shards:
+            path = self._folder / self._metadata.shard_name(shard)
+            start, stop = self._metadata.shard_range(shard)
+            found = _count_records(path)
+            if found != stop - start:
+                raise UserError(
+                    f"{path}: truncated or damaged, {found} {kind} are readable, expected "
+                    f"{stop - start}: run {kind} again to make this shard anew"
+                )
+
+    def __len__(self) -> int:
+        return self._metadata.count
+
+    def __getitem__(self, index: int) -> bytes:
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"number {index} of {len(self)} {self._metadata.KIND}")
+        shard, row = divmod(index, self._metadata.shard_size)
+        try:
+            (record,) = self._reader(shard).read([row])
+        except (RuntimeError, IndexError) as error:
+            raise self.damaged(index, str(error).partition(";")[0]) from error
+        return record
+
+    def damaged(self, index: int, detail: str) -> UserError:
+        """The error that names the record of that number and what is wrong with it."""
+        shard, row = divmod(index, self._metadata.shard_size)
+        path = self._folder / self._metadata.shard_name(shard)
+        return UserError(
+            f"{path}: record {row} is damaged ({detail}): delete the shard and run "
+            f"{self._metadata.KIND} again"
+        )
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        with self._lock:
+            reader = self._readers.pop(shard, None)
+            if reader is None:
+                reader = _open_reader(self._folder / self._metadata.shard_name(shard))
+            self._readers[shard] = reader
+            # Not closed here: another thread may be reading from it, and the last one closes it.
+            if len(self._readers) > MAX_OPEN_SHARDS:
+                self._readers.popitem(last=False)
+            return reader
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._readers, self._lock = collections.OrderedDict(), threading.Lock()
+
+
+def _open_reader(path: Path) -> ArrayRecordReader:
+    # No read-ahead and no thread of its own: records are read one by one in random order.
+    options = "readahead_buffer_size:0,max_parallelism:0"
+    return ArrayRecordReader(str(path), options, file_reader_buffer_size=32768)
+
+
+def _count_records(path: Path) -> int:
+    # A file without a whole index at its end, such as a truncated one, counts as 0. Closing such
+    # a reader raises, so it is left to be closed when it is dropped.
+    return _open_reader(path).num_records()
+
+
+def _is_whole(path: Path, size: int, kind: str) -> bool:
+    if not path.exists():
+        return False
+    found = _count_records(path)
+    if found != size:
+        log.warning("%s is torn: %d of %d %s readable; making it again", path, found, size, kind)
+    return found == size
+
+
+def _claim_folder(folder: Path, metadata: ShardedMetadata, process_index: int) -> None:
+    path, kind = folder / METADATA_FILE, metadata.KIND
+    # In this order: another process may write both in between, the metadata first.
+    has_shards = any(folder.glob(f"{kind}-*.array_record"))
+    if path.exists():
+        ours = dataclasses.asdict(metadata)
+        theirs = dataclasses.asdict(read_metadata(folder, type(metadata)))
+        differing = [
+            f"{name} {theirs[name]!r} there, {value!r} now"
+            for name, value in ours.items()
+            if value != theirs[name]
+        ]
+        if differing:
+            raise UserError(
+                f"{folder}: already holds other {kind} ({'; '.join(differing)}); "
+                "expected the same settings or another folder"
+            )
+        return
+    if has_shards:
+        raise UserError(f"{folder}: holds shards but no {METADATA_FILE}, expected another folder")
+    # All processes write the same bytes, so it does not matter whose file stays.
+    temporary = folder / f"{METADATA_FILE}.{process_index}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
+        _rename_synced(temporary, path)
+    except OSError as error:
+        raise _not_written(path, error, kind) from error
+    finally:
+        _remove(temporary)
+
+
+def _write_shard(path: Path, records: Iterable[bytes], size: int, kind: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        # Groups of one record are what random access wants; noise does not compress.
+        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
+            writer.close()  # most write failures surface only here
+        if _count_records(temporary) != size:
+            raise OSError(f"fewer than its {size} {kind} can be read back")
+        _rename_synced(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise _not_written(path, error, kind) from error
+    finally:
+        _remove(temporary)
+
+
+def _rename_synced(temporary: Path, path: Path) -> None:
+    with open(temporary, "rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def _remove(temporary: Path) -> None:
+    # What cannot be removed is written over by the next run, and hides no earlier error here.
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+
+
+def _not_written(path: Path, error: Exception, kind: str) -> UserError:
+    detail = str(error).partition(";")[0]
+    return UserError(
+        f"{path}: cannot be written ({detail}); finished shards are kept: run {kind} again "
+        "when that is put right"
+    )
