@@ -14,12 +14,14 @@ from dmd_jax.errors import Stopped, UserError
 
 COMMANDS = {
     "quickstart": "digits from end to end: pairs, distillation, evaluation and a report",
-    "convert": "read the weights of other projects: EDM, LPIPS, Inception",
+    "convert": "read the weights of other projects: Stable Diffusion, EDM, LPIPS, Inception",
     "teacher": "train an EDM teacher on your images",
+    "prompts": "write prompts of text, JSON, tables or tars as shards",
     "pairs": "write the teacher's noise-image pairs",
     "train": "distil the teacher into a one-step generator",
     "sample": "make images from weights",
     "evaluate": "measure the Fréchet distance of a model's samples to real images",
+    "export": "give a generator's UNet to PyTorch diffusers",
     "ablate": "train the rows of the paper's Table 2, several seeds each, and compare them",
     "toy": "the two-mode mixture of the paper's Figure 3",
 }

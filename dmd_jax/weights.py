@@ -1,22 +1,26 @@
-"""Weights of one network on disk: a folder with config.json and model.safetensors."""
+"""Weights of one network on disk: a folder with config.json and model.safetensors.
+
+A text-to-image folder is that of its UNet, with such a folder for each other network in it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.traverse_util
-import jax
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from dmd_jax.checkpoints import check_same_architecture, restore_subtree
 from dmd_jax.errors import UserError
-from dmd_jax.files import replacing, write_json
-from dmd_jax.models import Denoiser, build_denoiser
+from dmd_jax.files import write_json
+from dmd_jax.models import Denoiser, abstract_params, build_denoiser
+from dmd_jax.safetensors_stream import write_safetensors
 
 # Where a run's checkpoint holds the network that it is for, best first.
 TRAINED = ("ema", "generator/params", "teacher/params")
@@ -25,7 +29,7 @@ TRAINED = ("ema", "generator/params", "teacher/params")
 class Weights(NamedTuple):
     """A network and its parameters."""
 
-    network: dict[str, Any]  # options for models.build_denoiser
+    network: dict[str, Any]  # options for models.build_network
     params: Any  # nested dict of NumPy arrays
     description: str  # where they come from
     source: dict[str, str] | None = None  # "file" and "sha256" of what they were converted from
@@ -42,19 +46,38 @@ def save_weights(folder: Path, weights: Weights) -> None:
     Raises:
       UserError: the folder cannot be written.
     """
+    flat = flax.traverse_util.flatten_dict(weights.params, sep="/")
+    save_leaves(folder, weights._replace(params=flat), flat.__getitem__)
+
+
+def save_leaves(folder: Path, weights: Weights, leaf_of: Callable[[str], np.ndarray]) -> None:
+    """As save_weights, leaf by leaf, so that the parameters never need be in memory together.
+
+    Args:
+      weights: its params are the leaves' shapes and types by their names, "a/b/c".
+      leaf_of: is asked for each leaf once, in the order of the names.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    digest = hashlib.sha256()
+
+    def hashed(name: str) -> np.ndarray:
+        array = leaf_of(name)
+        _add_leaf(digest, name, array)
+        return array
+
     try:
-        flat = flax.traverse_util.flatten_dict(weights.params, sep="/")
-        with replacing(folder / "model.safetensors") as temporary:
-            save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, temporary)
+        write_safetensors(folder / "model.safetensors", weights.params, hashed)
         config = {
             "network": weights.network,
             "description": weights.description,
-            "params_sha256": params_sha256(weights.params),
+            "params_sha256": digest.hexdigest(),
         }
         if weights.source is not None:
             config["source"] = weights.source
         write_json(folder / "config.json", config)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"weights could not be written to {folder}: {error}") from error
 
 
@@ -67,38 +90,60 @@ def load_weights(folder: Path) -> Weights:
       UserError: the folder is neither, cannot be read, or does not fit its own config.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"weights {folder}: no such folder; expected a weights folder or a workdir")
-    if (folder / "model.safetensors").exists():
-        weights = _load_folder(folder)
-    elif (folder / "checkpoints").is_dir():
-        weights = _load_workdir(folder)
-    else:
-        raise UserError(
-            f"weights {folder}: expected model.safetensors and config.json, or a run's checkpoints/"
-        )
-    if not isinstance(weights.network, dict):
-        raise UserError(
-            f"{folder / 'config.json'}: network is {weights.network!r}; expected options"
-        )
-    expected = jax.eval_shape(build_denoiser(weights.network).init, jax.random.key(0))
+    weights = _load_workdir(folder) if _is_workdir(folder) else _load_folder(folder)
+    expected = abstract_params(weights.network)
     check_same_architecture(weights.params, expected, folder)
     return weights
 
 
-def denoiser_of(weights: Weights, *, dtype: str = "float32") -> Denoiser:
+def network_of(folder: Path) -> dict[str, Any]:
+    """The options of the network of a weights folder or a workdir, by its config alone.
+
+    Raises:
+      UserError: the folder is neither, or its config cannot be read.
+    """
+    folder = Path(folder)
+    is_workdir = _is_workdir(folder)
+    config = _read_json(folder / "config.json", needs="config" if is_workdir else "network")
+    return _network(config["config"] if is_workdir else config, folder)
+
+
+def denoiser_of(weights: Weights, *, dtype: str = "float32", remat: str = "none") -> Denoiser:
     """The network of the weights."""
-    return build_denoiser(weights.network, dtype=dtype)
+    return build_denoiser(weights.network, dtype=dtype, remat=remat)
 
 
 def params_sha256(params: Any) -> str:
     """SHA-256 over the leaves in the order of their names: name, type, shape and bytes."""
     digest = hashlib.sha256()
     for name, leaf in sorted(flax.traverse_util.flatten_dict(params, sep="/").items()):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
+        _add_leaf(digest, name, leaf)
     return digest.hexdigest()
+
+
+def _add_leaf(digest: hashlib._Hash, name: str, leaf: Any) -> None:
+    array = np.asarray(leaf, order="C")
+    digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+
+
+def _is_workdir(folder: Path) -> bool:
+    if not folder.is_dir():
+        raise UserError(f"weights {folder}: no such folder; expected a weights folder or a workdir")
+    if (folder / "model.safetensors").exists():
+        return False
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"weights {folder}: expected model.safetensors and config.json, or a run's checkpoints/"
+        )
+    return True
+
+
+def _network(config: Any, folder: Path) -> dict[str, Any]:
+    network = config.get("network") if isinstance(config, dict) else None
+    if not isinstance(network, dict):
+        raise UserError(f"{folder / 'config.json'}: network is {network!r}; expected options")
+    return network
 
 
 def _load_folder(folder: Path) -> Weights:
@@ -115,7 +160,7 @@ def _load_folder(folder: Path) -> Weights:
             f"params_sha256 {recorded}"
         )
     description = config.get("description", str(folder))
-    return Weights(config["network"], params, description, config.get("source"))
+    return Weights(_network(config, folder), params, description, config.get("source"))
 
 
 def _load_workdir(folder: Path) -> Weights:
@@ -124,7 +169,7 @@ def _load_workdir(folder: Path) -> Weights:
     if found is None:
         raise UserError(f"{folder / 'checkpoints'} holds no whole checkpoint; expected one")
     step, name, params = found
-    return Weights(config.get("network"), params, f"{folder} at step {step}, {name}")
+    return Weights(_network(config, folder), params, f"{folder} at step {step}, {name}")
 
 
 def _read_json(path: Path, *, needs: str) -> dict[str, Any]:

@@ -2,13 +2,22 @@
 
 import json
 
+import flax.traverse_util
 import jax
 import numpy as np
 import pytest
 
 from dmd_jax.errors import UserError
-from dmd_jax.models import build_denoiser
-from dmd_jax.weights import Weights, load_weights, packaged, params_sha256, save_weights
+from dmd_jax.models import abstract_params, build_denoiser
+from dmd_jax.weights import (
+    Weights,
+    denoiser_of,
+    load_weights,
+    packaged,
+    params_sha256,
+    save_leaves,
+    save_weights,
+)
 
 NETWORK = {"name": "mlp", "dim": 2}
 
@@ -30,6 +39,32 @@ def test_round_trip_to_the_bit(folder):
     assert config["params_sha256"] == params_sha256(found.params) == params_sha256(params)
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"name": "clip_text", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8}
+        | {"num_hidden_layers": 1, "num_attention_heads": 2},
+        {"name": "autoencoder_tiny", "encoder_block_out_channels": [8] * 4}
+        | {"decoder_block_out_channels": [8] * 4},
+    ],
+    ids=lambda network: network["name"],
+)
+def test_networks_that_denoise_nothing(tmp_path, network):
+    """Leaf by leaf, as a conversion writes them."""
+    rng = np.random.default_rng(0)
+    layout = flax.traverse_util.flatten_dict(abstract_params(network), sep="/")
+    leaves = {name: rng.standard_normal(leaf.shape, np.float32) for name, leaf in layout.items()}
+    save_leaves(tmp_path / "vae", Weights(network, layout, "a test's"), leaves.__getitem__)
+    found = load_weights(tmp_path / "vae")
+    assert flax.traverse_util.flatten_dict(found.params, sep="/").keys() == leaves.keys()
+    for name, leaf in flax.traverse_util.flatten_dict(found.params, sep="/").items():
+        np.testing.assert_array_equal(leaf, leaves[name])
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    assert config["params_sha256"] == params_sha256(found.params)
+    with pytest.raises(UserError, match=f"network {network['name']} denoises nothing"):
+        denoiser_of(found)
+
+
 def test_sha_sees_names_shapes_and_values():
     leaf = np.arange(4, dtype=np.float32)
     trees = [
@@ -39,6 +74,8 @@ def test_sha_sees_names_shapes_and_values():
         {"a": leaf.astype(np.float16)},
         {"a": leaf[::-1]},
         {"a": {"b": leaf}},
+        {"a": leaf[:1]},
+        {"a": leaf[0]},
     ]
     assert len({params_sha256(tree) for tree in trees}) == len(trees)
 

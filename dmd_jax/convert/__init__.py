@@ -8,6 +8,8 @@ import importlib
 from dmd_jax.errors import UserError
 
 KINDS = {
+    "clip": "a CLIP of transformers, for the CLIP score, into a folder of its two towers",
+    "diffusers": "a Stable Diffusion folder of diffusers, into a text-to-image weights folder",
     "edm": "EDM's networks, from the released .pkl or a state dict, into a weights folder",
     "lpips": "LPIPS with VGG16, into one .safetensors",
     "inception": "the Inception of the Fréchet distance, into one .safetensors",

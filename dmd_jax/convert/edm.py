@@ -5,26 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.traverse_util
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dmd_jax.config import load_config
 from dmd_jax.convert.edm_pickle import CLASS, read_edm_pickle
+from dmd_jax.convert.meter import Meter
 from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.convert.strict import check_floating, check_names_and_shapes
 from dmd_jax.convert.torch_file import load_state_dict
+from dmd_jax.convert.torch_layout import from_torch, torch_key, torch_shape
+from dmd_jax.convert.whole_folder import converted, whole_folder
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import file_sha256
-from dmd_jax.metrics import Progress
-from dmd_jax.models import build_denoiser, complete
+from dmd_jax.models import abstract_params, build_denoiser, complete
 from dmd_jax.weights import Weights, save_weights
 
 _NETWORKS = {"SongUNet": "songunet", "DhariwalUNet": "dhariwal"}
@@ -33,7 +33,6 @@ _NETWORKS = {"SongUNet": "songunet", "DhariwalUNet": "dhariwal"}
 _IRRELEVANT = ("label_dropout", "use_fp16")
 # Those that would clamp the noise levels of a sampler, and the values at which they do not.
 _UNCLAMPED = {"sigma_min": (0, None), "sigma_max": (math.inf, None)}
-_SECONDS_BETWEEN_UPDATES = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"{args.source} cannot be read: {first_line(error)}") from error
     out = args.out.resolve()
-    converted = _converted(out, sha256)
+    present = converted(out, sha256)
     if args.source.suffix == ".pkl":
         kwargs, state_dict = read_edm_pickle(args.source)
     else:
@@ -75,8 +74,8 @@ def run(args: argparse.Namespace) -> None:
         network = network_from_init_kwargs(kwargs)
     else:
         network = load_config(args.config, args.overrides).network.to_dict()
-    if converted is not None:
-        if converted != complete(network):
+    if present is not None:
+        if present != complete(network):
             raise UserError(
                 f"{args.out} holds {args.source.name} as another network; expected the same "
                 "--config, or a new or empty folder"
@@ -87,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     source = {"file": args.source.name, "sha256": sha256}
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     description = f"{args.source.name}, converted from EDM"
-    _save(out, Weights(network, params, description, source))
+    with whole_folder(out) as folder:
+        save_weights(folder, Weights(network, params, description, source))
     print(f"convert: {network['name']}, {count:,} parameters in {args.out}")
 
 
@@ -146,24 +146,19 @@ def params_from_state_dict(
             f"network name is {network.get('name')!r}; "
             f"expected one of {', '.join(_NETWORKS.values())}"
         )
-    template = jax.eval_shape(build_denoiser(network).init, jax.random.key(0))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
-    expected = {_their_key(path): _their_shape(leaf.shape) for path, leaf in leaves}
+    template = flax.traverse_util.flatten_dict(abstract_params(network), sep="/")
+    paths = {_their_key(path): path for path in template}
+    expected = {key: torch_shape(path, template[path].shape) for key, path in paths.items()}
     found = {key: value.shape for key, value in state_dict.items() if not _is_filter(key)}
     check_names_and_shapes(found, expected, "EDM state dict does not fit the network")
     check_floating(state_dict, "EDM state dict")
     _check_filters(state_dict, network.get("resample_filter", (1, 1)))
 
     take = state_dict.pop if consume else state_dict.__getitem__
-    meter = Progress("convert", sum(leaf.size for _, leaf in leaves), unit="parameters")
-    arrays, done, updated = [], 0, time.monotonic()
-    for key in expected:
-        arrays.append(_our_array(take(key)))
-        done += arrays[-1].size
-        if progress and time.monotonic() - updated > _SECONDS_BETWEEN_UPDATES:
-            meter.update(done)
-            updated = time.monotonic()
-    return jax.tree_util.tree_unflatten(structure, arrays)
+    meter = Meter(sum(leaf.size for leaf in template.values()), enabled=progress)
+    leaf_of = meter.watching(lambda key: from_torch(paths[key], take(key)))
+    flat = {paths[key]: leaf_of(key) for key in expected}
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _stored_kwargs(path: Path, state_dict: dict[str, np.ndarray]) -> dict[str, Any] | None:
@@ -188,57 +183,11 @@ def _stored_kwargs(path: Path, state_dict: dict[str, np.ndarray]) -> dict[str, A
     return kwargs
 
 
-def _converted(out: Path, sha256: str) -> dict[str, Any] | None:
-    """The complete network of the folder, where it holds this very source, converted.
-
-    None: the folder is new or empty. Another content is refused.
-    """
-    if not out.exists():
-        return None
-    try:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        if config["source"]["sha256"] == sha256 and (out / "model.safetensors").is_file():
-            return complete(config["network"])
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        pass
-    if out.is_dir() and not any(out.iterdir()):
-        return None
-    raise UserError(f"{out} exists and holds something else; expected a new or empty folder")
-
-
-def _save(out: Path, weights: Weights) -> None:
-    """The folder appears whole or not at all."""
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
-    try:
-        save_weights(temporary, weights)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _their_key(path) -> str:
-    *modules, leaf = (entry.key for entry in path)
+def _their_key(path: str) -> str:
     # Ours: enc_32x32_block0/conv0/kernel. EDM's: model.enc.32x32_block0.conv0.weight.
-    if modules[0].startswith(("enc_", "dec_")):
-        modules[0] = modules[0].replace("_", ".", 1)
-    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
-    return ".".join(("model", *modules, leaf))
-
-
-def _their_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) == 4:
-        height, width, inputs, outputs = shape
-        return (outputs, inputs, height, width)
-    return shape[::-1]
-
-
-def _our_array(array: np.ndarray) -> np.ndarray:
-    # OIHW -> HWIO, [out, in] -> [in, out]; vectors stay.
-    array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-    return np.array(array, dtype=np.float32, order="C")
+    if path.startswith(("enc_", "dec_")):
+        path = path.replace("_", "/", 1)
+    return "model." + torch_key(path)
 
 
 def _is_filter(key: str) -> bool:

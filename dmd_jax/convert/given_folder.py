@@ -1,0 +1,130 @@
+"""A folder that somebody else wrote: files are read inside it, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dmd_jax.convert.safe_pickle import shown
+from dmd_jax.errors import UserError, first_line
+
+_LARGEST_JSON = 64 * 1024 * 1024  # bytes; a tokenizer's vocabulary has one
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+class GivenFolder:
+    """The files of a folder by their relative names.
+
+    Args:
+      path: the folder.
+      name: under which a conversion records it.
+      root: what no file may lie outside of, symbolic links followed (default: the folder). The
+        hub's cache links from a snapshot to files beside it, so there it is the model's cache.
+    """
+
+    def __init__(self, path: Path, name: str, root: Path | None = None):
+        self.path, self.name = path, name
+        self._root = (_cache_of(path) or path).resolve() if root is None else root
+
+    def __truediv__(self, name: str) -> GivenFolder:
+        return GivenFolder(self.path / name, f"{self.name}/{name}", self._root)
+
+    def has(self, name: str) -> bool:
+        """Whether there is something of this name."""
+        return (self.path / name).exists()
+
+    def file(self, name: str) -> Path:
+        """The path of a file.
+
+        Raises:
+          UserError: there is none, or `name` or a link leads out of the folder.
+        """
+        path = self.path / name
+        try:
+            inside = path.resolve().is_relative_to(self._root)
+            is_file = path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self.path}: {shown(name)} is no file: {first_line(error)}"
+            ) from error
+        if not inside:
+            raise UserError(f"{self.path}: {shown(name)} leads out of the folder; expected a file")
+        if not is_file:
+            raise UserError(
+                f"{self.path} has no file {shown(name)}; expected that of a diffusers folder"
+            )
+        return path
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file.
+
+        Raises:
+          UserError: as `file`; or it is too large, or no JSON object.
+        """
+        path = self.file(name)
+        try:
+            if path.stat().st_size > _LARGEST_JSON:
+                raise UserError(f"{path} has more than {_LARGEST_JSON:,} bytes; expected fewer")
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path} holds no JSON object; expected one")
+        return content
+
+
+def find_folder(
+    source: str,
+    *,
+    revision: str | None,
+    patterns: Sequence[str],
+    more: Callable[[GivenFolder], Sequence[str]],
+) -> GivenFolder:
+    """The folder of this path, or else the model of this id on the Hugging Face hub.
+
+    Args:
+      source: a path; or "owner/name", which is downloaded where the local cache lacks it.
+      revision: a branch, tag or commit of the hub's.
+      patterns: of the files to download. more: of what a folder with these still needs.
+
+    Raises:
+      UserError: neither a folder nor a hub id, or neither the hub nor the cache has it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if revision is not None:
+            raise UserError(f"--revision {revision}: {source} is a folder; expected a hub id")
+        return GivenFolder(path, path.resolve().name)
+    if path.exists() or not _HUB_ID.fullmatch(source):
+        raise UserError(f"{source}: no such folder; expected one, or a hub id (owner/name)")
+    folder = _download(source, revision, patterns)
+    needed = more(folder)
+    return _download(source, revision, needed) if needed else folder
+
+
+def _download(hub_id: str, revision: str | None, patterns: Sequence[str]) -> GivenFolder:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise UserError(
+            f"{hub_id}: no such folder, and a hub id needs the package huggingface_hub; "
+            'expected a folder, or pip install "dmd_jax[text]"'
+        ) from error
+    try:
+        path = snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns))
+    except Exception as error:  # its own kinds, and those of what carries it over the network
+        raise UserError(
+            f"{hub_id}: no such folder, and the hub did not give it ({first_line(error)}); "
+            "expected a folder, or a hub id with a network or in the local cache"
+        ) from error
+    return GivenFolder(Path(path), hub_id)
+
+
+def _cache_of(path: Path) -> Path | None:
+    """The model's folder in the hub's cache, whose links lead from snapshots/ to blobs/."""
+    model = path.absolute().parent.parent
+    is_snapshot = path.absolute().parent.name == "snapshots" and (model / "blobs").is_dir()
+    return model if is_snapshot else None
