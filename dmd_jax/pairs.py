@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from dmd_jax.arguments import add_run_arguments, end_on_sigterm, run_config
 from dmd_jax.config import save_config
-from dmd_jax.data.pairs import PairsMetadata, write_pairs
+from dmd_jax.data.loader import EpochOrder
+from dmd_jax.data.pairs import write_pairs
+from dmd_jax.data.pairs_metadata import PairsMetadata, TextPairsMetadata
+from dmd_jax.data.prompts import PromptSource
+from dmd_jax.errors import UserError
 from dmd_jax.experiment import teacher_of
 from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
 from dmd_jax.metrics import Progress
-from dmd_jax.weights import params_sha256
+from dmd_jax.models import complete
+from dmd_jax.models.clip_text import check_tokens
+from dmd_jax.text_to_image import TEXT_SAMPLERS, LatentMaker, load_pipeline
+from dmd_jax.tokenizer import Tokenizer
+from dmd_jax.weights import Weights, denoiser_of, params_sha256
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,28 +40,9 @@ def run(args: argparse.Namespace) -> None:
     end_on_sigterm()
     options = config.pairs
     teacher = teacher_of(config)
-    maker = ImageMaker(
-        teacher,
-        sampler="heun",
-        num_steps=options.num_steps,
-        batch_size=options.batch_size,
-        dtype=options.compute_dtype,
-    )
-    metadata = PairsMetadata(
-        teacher=teacher.description,
-        teacher_sha256=params_sha256(teacher.params),
-        sampler="heun",
-        num_steps=options.num_steps,
-        guidance=1.0,
-        seed=options.seed,
-        count=options.count,
-        shard_size=options.shard_size,
-        sample_shape=maker.sample_shape,
-        num_classes=maker.num_classes,
-    )
+    with_text = denoiser_of(teacher).cond_shape is not None
+    plan = (_text_plan if with_text else _label_plan)(config, teacher)
     first = jax.process_index() == 0
-    if first:
-        save_config(config, args.workdir, command="pairs")
     progress = None
     done = 0  # this process's pairs in finished shards
 
@@ -55,26 +50,151 @@ def run(args: argparse.Namespace) -> None:
         nonlocal progress, done
         done = finished
         if progress is None:
+            if first:  # not before the folder is ours: a refused config must not replace its own
+                save_config(config, args.workdir, command="pairs")
             progress = Progress("pairs", total, start=finished, unit="pairs", enabled=first)
 
     def make_shard(start: int, stop: int) -> dict[str, np.ndarray]:
-        z_ref = draw_latents(options.seed, start, stop, maker.sample_shape)
-        label = draw_labels(options.seed, start, stop, maker.num_classes)
+        z_ref = draw_latents(options.seed, start, stop, plan.metadata.sample_shape)
+        cond = plan.condition(start, stop)
         parts = []
-        for part in maker.batches(z_ref, label):
+        for part in plan.maker.batches(z_ref, cond):
             parts.append(part)
             progress.update(done + sum(map(len, parts)))
-        return {"z_ref": z_ref, "y_ref": np.concatenate(parts), "label": label}
+        name = plan.metadata.condition.name
+        return {"z_ref": z_ref, "y_ref": np.concatenate(parts), name: cond}
 
     write_pairs(
         args.workdir,
-        metadata,
+        plan.metadata,
         make_shard,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         progress=count,
     )
+    plan.warn()
     # What follows, training perhaps, needs the shards of all.
     multihost_utils.sync_global_devices("pairs")
     if first:
         print(f"pairs: {options.count:,} in {args.workdir}")
+
+
+class _Plan(NamedTuple):
+    metadata: PairsMetadata | TextPairsMetadata
+    maker: ImageMaker | LatentMaker
+    condition: Callable[[int, int], np.ndarray]  # (start, stop) -> labels or tokens of these pairs
+    warn: Callable[[], None] = lambda: None  # of what was found in them
+
+
+def _label_plan(config: ConfigDict, teacher: Weights) -> _Plan:
+    options = config.pairs
+    _check_sampler(options.sampler, ("heun",), "is no text-to-image network")
+    if config.guidance != 1:
+        raise UserError(
+            f"config.guidance is {config.guidance}; expected 1.0: the teacher is no text-to-image "
+            "network"
+        )
+    maker = ImageMaker(
+        teacher,
+        sampler=options.sampler,
+        num_steps=options.num_steps,
+        batch_size=options.batch_size,
+        dtype=options.compute_dtype,
+    )
+    metadata = PairsMetadata(
+        sample_shape=maker.sample_shape,
+        num_classes=maker.num_classes,
+        **_shared(config, teacher),
+    )
+    return _Plan(
+        metadata,
+        maker,
+        lambda start, stop: draw_labels(options.seed, start, stop, maker.num_classes),
+    )
+
+
+def _text_plan(config: ConfigDict, teacher: Weights) -> _Plan:
+    options = config.pairs
+    samplers = tuple(name for name in TEXT_SAMPLERS if name != "one-step")
+    _check_sampler(options.sampler, samplers, "makes images of text")
+    if not config.text.prompts:
+        raise UserError("config.text.prompts is empty; expected the folder of `dmd-jax prompts`")
+    prompts = PromptSource(config.text.prompts)
+    pipeline = load_pipeline(config.teacher.weights, unet=teacher)
+    maker = LatentMaker(
+        pipeline,
+        sampler=options.sampler,
+        num_steps=options.num_steps,
+        guidance=config.guidance,
+        batch_size=options.batch_size,
+        dtype=options.compute_dtype,
+    )
+    vocab_size = complete(pipeline.text_encoder.network)["vocab_size"]
+    metadata = TextPairsMetadata(
+        sample_shape=maker.latent_shape,
+        num_classes=0,
+        token_length=pipeline.tokenizer.max_length,
+        vocab_size=vocab_size,
+        text_encoder_sha256=params_sha256(pipeline.text_encoder.params),
+        prompts=len(prompts),
+        prompts_sha256=prompts.metadata.prompts_sha256,
+        sampling=pipeline.sampling,
+        **_shared(config, teacher),
+    )
+    tokens = _Tokens(prompts, pipeline.tokenizer, options.seed, vocab_size)
+    return _Plan(metadata, maker, tokens, tokens.warn)
+
+
+def _shared(config: ConfigDict, teacher: Weights) -> dict[str, Any]:
+    """The fields of the metadata that are the same with labels and with text."""
+    options = config.pairs
+    return dict(
+        teacher=teacher.description,
+        teacher_sha256=params_sha256(teacher.params),
+        sampler=options.sampler,
+        num_steps=options.num_steps,
+        guidance=config.guidance,
+        seed=options.seed,
+        count=options.count,
+        shard_size=options.shard_size,
+    )
+
+
+def _check_sampler(name: str, known: tuple[str, ...], teacher: str) -> None:
+    if name not in known:
+        raise UserError(
+            f"config.pairs.sampler is {name!r}; expected {' or '.join(known)}: the teacher "
+            f"{teacher}"
+        )
+
+
+class _Tokens:
+    """(start, stop) -> the tokens of these pairs' prompts, int32 [stop - start, L].
+
+    Pair i's prompt is a function of (seed, i) and the number of prompts; each is used once before
+    any is used again.
+    """
+
+    def __init__(self, prompts: PromptSource, tokenizer: Tokenizer, seed: int, vocab_size: int):
+        self._prompts, self._tokenizer, self._vocab_size = prompts, tokenizer, vocab_size
+        self._order = EpochOrder(len(prompts), seed)
+        self._made = self._cut = 0
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        texts = [self._prompts[self._order(index)] for index in range(start, stop)]
+        tokens = self._tokenizer.encode(texts)
+        try:
+            check_tokens(tokens, self._vocab_size)
+        except UserError as error:
+            raise UserError(f"prompts of pairs {start} to {stop - 1}: {error}") from error
+        self._made += len(texts)
+        self._cut += int(self._tokenizer.truncated(texts).sum())
+        return tokens
+
+    def warn(self) -> None:
+        """Tells how many prompts were too long, if any."""
+        if self._cut:
+            log.warning(
+                "%s of the prompts of %s pairs are longer than %d tokens and were cut there",
+                *(f"{self._cut:,}", f"{self._made:,}", self._tokenizer.max_length),
+            )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -56,19 +58,76 @@ def batches(
     return iter(grain.MapDataset.source(local).to_iter_dataset(_READ_OPTIONS))
 
 
-class _LocalBatches:
-    """Item k is `share` rows of the global batch k, from row `first` on.
+def together(first, /, **others) -> Together:
+    """Several endless iterators of batches as one, whose batches have the arrays of all.
+
+    Args:
+      first, others: as `batches` gives them. The arrays of `fresh=iterator` are named with
+        "fresh_" before their names, those of `first` keep theirs.
+
+    Returns:
+      An iterator with get_state() and set_state(); the state is JSON-able and holds those of all.
+    """
+    return Together({"": first} | others)
+
+
+class Together:
+    """What `together` gives."""
+
+    def __init__(self, iterators: dict[str, Any]):
+        self._iterators = iterators
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = {}
+        for prefix, iterator in self._iterators.items():
+            for name, array in next(iterator).items():
+                name = f"{prefix}_{name}" if prefix else name
+                if name in batch:
+                    raise UserError(f"two iterators of batches both give {name!r}")
+                batch[name] = array
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {name: iterator.get_state() for name, iterator in self._iterators.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for name, iterator in self._iterators.items():
+            iterator.set_state(state[name])
+
+
+class EpochOrder:
+    """Endless positions to the records of epochs that follow each other without a gap.
+
+    order(position) is a record's number in 0..size-1; each epoch has every record once, in an
+    order of its own, which is a function of the seed and the epoch. May be used from threads.
 
     Grain's own shuffle is not used: it takes milliseconds for each record of a source of fewer
     than a hundred, and its epoch e with seed s is epoch 0 of seed s + e.
     """
 
+    def __init__(self, size: int, seed: int):
+        self._size, self._seed = size, seed
+        # The threads work on neighbouring batches, so on two epochs at most unless they are tiny.
+        self._permutation = functools.lru_cache(maxsize=2)(self._permuted)
+
+    def __call__(self, position: int) -> int:
+        epoch, offset = divmod(position, self._size)
+        return int(self._permutation(epoch)[offset])
+
+    def _permuted(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, epoch)).permutation(self._size)
+
+
+class _LocalBatches:
+    """Item k is `share` rows of the global batch k, from row `first` on."""
+
     def __init__(self, source, batch_size: int, first: int, share: int, seed: int, shuffle: bool):
         self._source = source
         self._batch_size, self._first, self._share = batch_size, first, share
-        self._seed, self._shuffle = seed, shuffle
-        # The threads work on neighbouring batches, so on two epochs at most unless they are tiny.
-        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+        self._order = EpochOrder(len(source), seed) if shuffle else None
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -79,8 +138,4 @@ class _LocalBatches:
         return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
     def _record(self, position: int) -> dict[str, np.ndarray]:
-        epoch, offset = divmod(position, len(self._source))
-        return self._source[int(self._order(epoch)[offset]) if self._shuffle else offset]
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self._seed, epoch)).permutation(len(self._source))
+        return self._source[self._order(position) if self._order else position % len(self._source)]

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from dmd_jax.data.loader import batches
+from dmd_jax.data.loader import EpochOrder, batches, together
 from dmd_jax.data.pairs import PairsMetadata, PairSource, write_pairs
 from dmd_jax.errors import UserError
 
@@ -132,6 +132,64 @@ def test_the_state_does_not_run_ahead_while_the_threads_do():
         threading.Event().wait(0.01)
     assert sum(source.reads.values()) > 2
     assert iterator.get_state() == {"next_index": 1}
+
+
+def test_the_order_of_epochs_is_what_batches_follow():
+    order = EpochOrder(7, seed=3)
+    (iterator,) = open_all(7, 5, 1)
+    assert sum(take(iterator, 6), []) == [order(position) for position in range(30)]
+    # What checkpoints and unfinished pairs count on.
+    expected = [5, 6, 2, 1, 4, 3, 0, 2, 1, 4, 0, 5, 6, 3]
+    assert [EpochOrder(7, seed=3)(position) for position in reversed(range(14))] == expected[::-1]
+
+
+def open_two(process, processes, *, size=5):
+    share = dict(process_index=process, process_count=processes)
+    return together(
+        batches(Records(7), batch_size=4, seed=3, **share),
+        fresh=batches(Records(size), batch_size=8, seed=1, **share),
+    )
+
+
+def test_two_iterators_together_are_both():
+    names = ["x0", "label", "fresh_x0", "fresh_label"]
+    first, second = open_all(7, 4, 1)[0], batches(Records(5), batch_size=8, seed=1)
+    for _, both in zip(range(6), open_two(0, 1)):
+        assert list(both) == names
+        for prefix, iterator in (("", first), ("fresh_", second)):
+            for name, array in next(iterator).items():
+                np.testing.assert_array_equal(both[prefix + name], array)
+
+
+def test_the_state_of_two_together_restores_both_on_any_number_of_processes():
+    def take_two(iterator, count):
+        pairs = [next(iterator) for _ in range(count)]
+        return [(both["label"].tolist(), both["fresh_label"].tolist()) for both in pairs]
+
+    whole = open_two(0, 1)
+    take_two(whole, 3)
+    saved = json.loads(json.dumps(whole.get_state()))
+    following = take_two(whole, 5)
+    again = open_two(0, 1)
+    again.set_state(saved)
+    assert take_two(again, 5) == following
+    halves = [open_two(process, 2) for process in range(2)]
+    for half in halves:
+        half.set_state(saved)
+    parts = [take_two(half, 5) for half in halves]
+    assert [(a + c, b + d) for (a, b), (c, d) in zip(*parts)] == following
+    whole.set_state(saved)
+    assert take_two(whole, 5) == following
+
+
+def test_two_iterators_with_one_name_are_refused():
+    class Named(Records):
+        def __getitem__(self, index):
+            return {"label": np.int32(index), "fresh_label": np.int32(index)}
+
+    first, second = (batches(source, batch_size=2, seed=0) for source in (Named(3), Records(3)))
+    with pytest.raises(UserError, match="both give 'fresh_label'"):
+        next(together(first, fresh=second))
 
 
 def test_pairs_through_the_loader(tmp_path):

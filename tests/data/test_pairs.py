@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from dmd_jax.data.pairs import MAX_OPEN_SHARDS, PairsMetadata, PairSource, write_pairs
+from dmd_jax.data.pairs import PairsMetadata, PairSource, write_pairs
+from dmd_jax.data.shards import MAX_OPEN_SHARDS
 from dmd_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +122,7 @@ def test_threads_and_pickles_read_the_same(folder):
 
 def test_no_more_shards_stay_open_than_allowed(tmp_path, monkeypatch):
     assert MAX_OPEN_SHARDS <= 512
-    monkeypatch.setattr("dmd_jax.data.pairs.MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr("dmd_jax.data.shards.MAX_OPEN_SHARDS", 3)
     write_pairs(tmp_path, metadata(shard_size=1), make_shard)
     source = open_pairs(tmp_path)
 
@@ -184,7 +185,7 @@ def test_an_interrupted_shard_leaves_nothing_behind(tmp_path, monkeypatch):
     write_pairs(tmp_path, metadata(), make_shard, process_count=2)
     before = sorted(path.name for path in tmp_path.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr("dmd_jax.data.pairs._rename_synced", interrupted)
+        patch.setattr("dmd_jax.data.shards._rename_synced", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_pairs(tmp_path, metadata(), make_shard)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -215,8 +216,8 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("label", np.array([0, 1, 10, 3, 4]), r"labels from 0 to 10, expected 0\.\.9"),
-        ("label", np.array([0, 1, -1, 3, 4]), r"labels from -1 to 4, expected 0\.\.9"),
+        ("label", np.array([0, 1, 10, 3, 4]), r"label from 0 to 10, expected 0\.\.9"),
+        ("label", np.array([0, 1, -1, 3, 4]), r"label from -1 to 4, expected 0\.\.9"),
         ("label", np.zeros(5), "label is float64"),
         ("label", np.zeros(4, np.int32), r"label is int32 \(4,\), expected integers \(5,\)"),
         ("y_ref", np.full((5, *SHAPE), np.nan, np.float32), "y_ref holds NaN or infinity"),
@@ -232,7 +233,7 @@ def test_what_a_shard_may_not_hold(tmp_path, name, value, message):
 
 
 def test_unconditional_pairs_have_label_0(tmp_path):
-    with pytest.raises(UserError, match=r"labels from 0 to 4, expected 0\.\.0"):
+    with pytest.raises(UserError, match=r"label from 0 to 4, expected 0\.\.0"):
         write_pairs(tmp_path, metadata(num_classes=0), make_shard)
     make = lambda a, b: make_shard(a, b) | {"label": np.zeros(b - a, np.int32)}  # noqa: E731
     write_pairs(tmp_path, metadata(num_classes=0), make)
@@ -469,7 +470,7 @@ def test_a_full_device_for_the_metadata(tmp_path):
 
 
 def test_a_shard_that_cannot_be_read_back_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmd_jax.data.pairs._count_records", lambda path: 4)
+    monkeypatch.setattr("dmd_jax.data.shards._count_records", lambda path: 4)
     with pytest.raises(UserError, match="fewer than its 5 pairs can be read back"):
         write_pairs(tmp_path, metadata(), make_shard)
     assert [path.name for path in tmp_path.iterdir()] == ["metadata.json"]
