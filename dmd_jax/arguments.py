@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import signal
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -13,7 +15,15 @@ from dmd_jax.config import resolve_config
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import check_ranges
 from dmd_jax.generation import SAMPLERS, ImageMaker
-from dmd_jax.models import DTYPES
+from dmd_jax.models import DTYPES, complete
+from dmd_jax.text_parts import DECODERS
+from dmd_jax.text_to_image import (
+    TEXT_SAMPLERS,
+    LatentMaker,
+    Pipeline,
+    load_pipeline,
+    pixels_a_latent,
+)
 from dmd_jax.weights import Weights, load_weights
 
 # Of heun and euler.
@@ -23,6 +33,9 @@ SAMPLER_OPTIONS = {
     "s_max": "highest sigma with added noise",
     "s_noise": "factor on the added noise",
 }
+
+# Of images of text.
+TEXT_OPTIONS = ("parts", "guidance", "decoder", "height", "width")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,22 +110,64 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", type=Path, required=True, metavar="DIR", help="a weights folder or a workdir"
     )
-    parser.add_argument("--sampler", choices=SAMPLERS, default="one-step")
-    parser.add_argument("--steps", type=int, default=18, metavar="N", help="of heun and euler")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="B")
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="float32", help="that the network computes in"
+        "--sampler",
+        choices=tuple(dict.fromkeys((*SAMPLERS, *TEXT_SAMPLERS))),
+        default="one-step",
+        help="heun and euler are for images of classes or of none, the rest for those of text",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="of all samplers but one-step (default: 18; of text 50)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="B",
+        help="images at a time (default: 256; of text 8)",
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="float32", help="that the networks compute in"
     )
     for name, text in SAMPLER_OPTIONS.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=float, metavar="X", help=f"heun and euler: {text}")
+    group = parser.add_argument_group("images of text")
+    group.add_argument(
+        "--parts",
+        type=Path,
+        metavar="DIR",
+        help="where the text encoder, the decoder and the tokenizer are (default: with the "
+        "weights, or with the teacher of their run)",
+    )
+    group.add_argument(
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="classifier-free, by the empty prompt; 1 is none (default: 7.5; of one-step 1)",
+    )
+    group.add_argument(
+        "--decoder",
+        choices=DECODERS,
+        help="of latents to images: vae (the default), or taesd, which is fast",
+    )
+    group.add_argument("--height", type=int, metavar="H", help="in pixels")
+    group.add_argument("--width", type=int, metavar="W", help="(default: as in training)")
 
 
 def make_images(args: argparse.Namespace) -> tuple[ImageMaker, Weights]:
-    """The image maker that the shared arguments ask for, and its weights."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}; expected at least 1")
+    """The image maker that the shared arguments ask for, and its weights.
+
+    Defaults that depend on the kind of weights are filled in in `args`.
+
+    Raises:
+      UserError: an argument that is impossible, or that is for images of text.
+    """
+    refuse(args, TEXT_OPTIONS, f"{args.weights} are no text-to-image weights")
+    _fill_in(args, steps=18, batch_size=256)
     given = {name: getattr(args, name) for name in SAMPLER_OPTIONS}
     options = {name: value for name, value in given.items() if value is not None}
     weights = load_weights(args.weights)
@@ -125,3 +180,62 @@ def make_images(args: argparse.Namespace) -> tuple[ImageMaker, Weights]:
         sampler_options=options,
     )
     return maker, weights
+
+
+def make_latents(
+    args: argparse.Namespace, latent_shape: tuple[int, ...] | None = None
+) -> tuple[LatentMaker, Pipeline]:
+    """The maker of latents that the shared arguments ask for, and its pipeline.
+
+    Defaults that depend on the kind of weights are filled in in `args`.
+
+    Args:
+      latent_shape: of one example, where something else than --height and --width decides it.
+
+    Raises:
+      UserError: an argument that is impossible, or that is for images of no text.
+    """
+    refuse(args, SAMPLER_OPTIONS, f"{args.weights} are text-to-image weights")
+    guidance = 1.0 if args.sampler == "one-step" else 7.5
+    _fill_in(args, steps=50, batch_size=8, guidance=guidance, decoder=DECODERS[0])
+    pipeline = load_pipeline(args.weights, parts=args.parts, decoder=args.decoder)
+    maker = LatentMaker(
+        pipeline,
+        sampler=args.sampler,
+        num_steps=args.steps,
+        guidance=args.guidance,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        latent_shape=latent_shape or _latent_shape(args, pipeline),
+    )
+    return maker, pipeline
+
+
+def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Raises a UserError that says why if any of these arguments is given."""
+    for name in names:
+        if getattr(args, name, None) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is given, but {why}; expected none")
+
+
+def _fill_in(args: argparse.Namespace, **defaults: Any) -> None:
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}; expected at least 1")
+
+
+def _latent_shape(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int, int]:
+    """That of --height and --width, or of the UNet's training."""
+    network = complete(pipeline.unet.network)
+    factor = pixels_a_latent(pipeline.decoder)
+    sides = []
+    for name in ("height", "width"):
+        pixels = getattr(args, name)
+        if pixels is None:
+            pixels = network["sample_size"] * factor
+        if pixels < factor or pixels % factor:
+            raise UserError(f"--{name} {pixels}; expected a multiple of {factor}")
+        sides.append(pixels // factor)
+    return *sides, network["in_channels"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 
 from dmd_jax import samplers
 from dmd_jax.errors import UserError
-from dmd_jax.schedules import NoiseSchedule
+from dmd_jax.models import Denoiser
 from dmd_jax.sharding import batch_sharding, make_mesh, place, replicated
 from dmd_jax.state import Role, key_data, role_key
 from dmd_jax.weights import Weights, denoiser_of
@@ -44,16 +44,18 @@ class ImageMaker:
         sampler_options: dict[str, float] | None = None,
     ):
         denoiser = denoiser_of(weights, dtype=dtype)
+        if denoiser.cond_shape is not None:
+            raise UserError(
+                f"{weights.description}: network {weights.network['name']} makes images of text; "
+                "expected one of classes, or of none"
+            )
         self.sample_shape, self.num_classes = denoiser.sample_shape, denoiser.num_classes
-        devices = jax.local_devices()
-        mesh = make_mesh(devices=devices)
-        self.batch_size = -(-batch_size // len(devices)) * len(devices)
-        self._batch_sharding = batch_sharding(mesh)
-        self._params = place(
-            weights.params, jax.tree.map(lambda _: replicated(mesh), weights.params)
+        self._devices = LocalDevices(batch_size)
+        self.batch_size = self._devices.batch_size
+        self._params = self._devices.replicate(weights.params)
+        self._sample = self._devices.compile(
+            _sampler(sampler, denoiser, num_steps, sampler_options or {})
         )
-        function = _sampler(sampler, denoiser.denoise, num_steps, sampler_options or {})
-        self._sample = jax.jit(function, out_shardings=self._batch_sharding)
 
     def __call__(
         self, z: np.ndarray, labels: np.ndarray | None = None, *, seed: int = 0, first: int = 0
@@ -71,16 +73,50 @@ class ImageMaker:
         self, z: np.ndarray, labels: np.ndarray | None = None, *, seed: int = 0, first: int = 0
     ) -> Iterator[np.ndarray]:
         """The same, batch by batch."""
-        for start in range(0, len(z), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            part = z[rows]
-            cond = None if self.num_classes == 0 else self._pad(labels[rows].astype(np.int32))
+        labels = None if self.num_classes == 0 else labels.astype(np.int32)
+        for start, count, (part, cond) in self._devices.batches(z, labels):
             key = role_key(key_data(seed), first + start, Role.SAMPLER)
-            yield np.asarray(self._sample(self._params, self._pad(part), cond, key))[: len(part)]
+            yield np.asarray(self._sample(self._params, part, cond, key))[:count]
 
-    def _pad(self, rows: np.ndarray) -> jax.Array:
-        """To the full batch; one shape is one program."""
-        return jax.device_put(pad_rows(rows, self.batch_size), self._batch_sharding)
+
+class LocalDevices:
+    """This process's devices, which share the rows of batches of one size.
+
+    Args:
+      batch_size: rows at a time; rounded up to a multiple of the devices.
+      devices: all of them by default.
+    """
+
+    def __init__(self, batch_size: int, devices: Sequence[jax.Device] | None = None):
+        devices = jax.local_devices() if devices is None else devices
+        self._mesh = make_mesh(devices=devices)
+        self.batch_size = -(-batch_size // len(devices)) * len(devices)
+
+    def replicate(self, tree: Any) -> Any:
+        """A copy of a tree of host arrays on each device."""
+        return place(tree, jax.tree.map(lambda _: replicated(self._mesh), tree))
+
+    def compile(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """`function` under jit; its result is a batch."""
+        return jax.jit(function, out_shardings=batch_sharding(self._mesh))
+
+    def batches(
+        self, *arrays: np.ndarray | None
+    ) -> Iterator[tuple[int, int, list[jax.Array | None]]]:
+        """Of arrays [N, …]: the first row of each batch, its number of rows, and the batch.
+
+        A batch that has fewer rows is filled up, since one shape is one program. None stays None.
+        """
+        sharding = batch_sharding(self._mesh)
+        total = len(arrays[0])
+        for start in range(0, total, self.batch_size):
+            stop = min(start + self.batch_size, total)
+            parts = [None if rows is None else rows[start:stop] for rows in arrays]
+            batch = [
+                None if part is None else jax.device_put(pad_rows(part, self.batch_size), sharding)
+                for part in parts
+            ]
+            yield start, stop - start, batch
 
 
 def pad_rows(rows: np.ndarray, count: int) -> np.ndarray:
@@ -112,15 +148,14 @@ def _labels(base, indices, num_classes):
 
 
 def _sampler(
-    name: str, denoise, num_steps: int, options: dict[str, float]
+    name: str, denoiser: Denoiser, num_steps: int, options: dict[str, float]
 ) -> Callable[[Any, jax.Array, Any, jax.Array], jax.Array]:
     """(params, z, cond, key) -> images."""
     if name == "one-step":
         if options:
             raise UserError(f"the one-step sampler takes no {', '.join(options)}")
-        schedule = NoiseSchedule.edm()
         return lambda params, z, cond, key: samplers.one_step(
-            denoise, params, z, cond, schedule=schedule
+            denoiser.denoise, params, z, cond, schedule=denoiser.schedule
         )
     if name not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}; expected one of {', '.join(SAMPLERS)}")
@@ -128,5 +163,5 @@ def _sampler(
         raise UserError(f"{num_steps} sampling steps; expected at least 1")
     function = {"heun": samplers.heun, "euler": samplers.euler}[name]
     return lambda params, z, cond, key: function(
-        denoise, params, z, cond, num_steps=num_steps, key=key, **options
+        denoiser.denoise, params, z, cond, num_steps=num_steps, key=key, **options
     )

@@ -52,6 +52,19 @@ def trained(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def text_weights(tmp_path_factory):
+    """A small text-to-image weights folder with both decoders; tests that change it take a copy."""
+    from commands import succeeds
+    from diffusers_folder import write_folder
+
+    folder = tmp_path_factory.mktemp("text")
+    write_folder(folder / "sd")
+    out = folder / "weights"
+    succeeds("convert", "diffusers", folder / "sd", out, "--taesd", folder / "sd" / "taesd")
+    return out
+
+
+@pytest.fixture(scope="session")
 def lpips_file(tmp_path_factory):
     """LPIPS's real weights, converted from the package that the extra [lpips] installs."""
     from commands import succeeds
