@@ -1,4 +1,7 @@
-"""`dmd-jax evaluate`: the Fréchet distance of a model's samples to real images, and its kin."""
+"""`dmd-jax evaluate`: the Fréchet distance of a model's samples to real images, and its kin.
+
+Samples of captions, their CLIP score and latency are in evaluate_text.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import argparse
 import os
 import sys
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,21 +25,26 @@ from dmd_jax.arguments import (
     end_on_sigterm,
     join_processes,
     make_images,
+    refuse,
 )
 from dmd_jax.auxiliary import check_free
 from dmd_jax.errors import UserError
-from dmd_jax.evaluation.collect import reference_rows, sample_rows
+from dmd_jax.evaluate_text import CAPTION_OPTIONS, add_caption_arguments, captioned
+from dmd_jax.evaluation.coco import NUM_CAPTIONS
+from dmd_jax.evaluation.collect import LabelledSamples, Subject, reference_rows, sample_rows
 from dmd_jax.evaluation.features import Features, feature_extractor
 from dmd_jax.evaluation.measures import measure
 from dmd_jax.evaluation.parts import Rows, claim, release
 from dmd_jax.evaluation.reference import Reference, open_reference, save_reference
-from dmd_jax.files import replacing, write_json
+from dmd_jax.files import write_json
 from dmd_jax.models import complete
 from dmd_jax.models.inception import PREPROCESSINGS
 from dmd_jax.provenance import command_line, machine
+from dmd_jax.text_to_image import is_text_to_image
 from dmd_jax.weights import params_sha256
 
 SAMPLE_PART = 2  # batches
+NUM_SAMPLES = 50_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeat-grey", action="store_true", help="show grey images to networks as three channels"
     )
     parser.add_argument(
-        "--num", type=int, default=50_000, metavar="N", help="samples to make (default: 50000)"
+        "--num",
+        type=int,
+        metavar="N",
+        help=f"samples to make (default: {NUM_SAMPLES}; with --coco {NUM_CAPTIONS})",
     )
     parser.add_argument(
         "--num-reference", type=int, metavar="N", help="real images, evenly spread (default: all)"
@@ -93,13 +103,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 10000)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    parser.add_argument("--samples", type=Path, metavar="FILE.npz", help="keep images and labels")
+    parser.add_argument(
+        "--samples", type=Path, metavar="FILE.npz", help="keep images and labels, or tokens"
+    )
     parser.add_argument(
         "--save-reference",
         type=Path,
         metavar="FILE.npz",
         help="keep the statistics of the real images, for --reference",
     )
+    add_caption_arguments(parser)
     add_process_arguments(parser)
 
 
@@ -142,72 +155,93 @@ def origins(features: list[Features], reference: Reference) -> dict[str, Any]:
 
 def _run(args: argparse.Namespace) -> None:
     names, folder = _names(args), args.out.with_suffix(".parts")
+    if args.num is None:
+        args.num = NUM_SAMPLES if args.coco is None else NUM_CAPTIONS
     _check_arguments(args, names)
     _check_outputs(args, folder)
     join_processes(args)
     end_on_sigterm()
-    maker, weights = make_images(args)
-    features, reference = open_judges(args, maker.sample_shape)
+    subject = _subject(args)
+    samples = subject.samples
+    features, reference = open_judges(args, samples.sample_shape)
     if reference.images is None and args.save_reference is not None:
         raise UserError(f"--save-reference: {args.reference} is of statistics, expected images")
     num_steps = 1 if args.sampler == "one-step" else args.steps
     claim(
         folder,
         {
-            "network": complete(weights.network),
-            "params_sha256": params_sha256(weights.params),
+            **subject.settings,
             "sampler": args.sampler,
             "num_steps": num_steps,
-            "sampler_options": {name: getattr(args, name) for name in SAMPLER_OPTIONS},
             "seed": args.seed,
             "num_samples": args.num,
             "batch_size": args.batch_size,
-            # A batch's noise is one draw, and the devices may have made the batch larger.
-            "noise_batch_size": maker.batch_size if args.s_churn else None,
             "dtype": args.dtype,
             **origins(features, reference),
             "keeps_images": args.samples is not None,
         },
     )
-    description = weights.description
-    del weights  # the device has its copy
     real = reference_rows(folder, reference, features) if reference.images is not None else None
-    samples = sample_rows(
+    rows = sample_rows(
         folder,
-        maker,
+        samples,
         features,
         num=args.num,
         part_size=SAMPLE_PART * args.batch_size,
-        seed=args.seed,
         keep_images=args.samples is not None,
     )
     multihost_utils.sync_global_devices(f"evaluate: parts of {args.out}")
     if jax.process_index() == 0:
         figures, real_statistics = measure(
-            features, samples, real, reference.statistics, args.precision_recall
+            features, rows, real, reference.statistics, args.precision_recall
         )
-        seconds = float(np.mean(np.concatenate([part for (part,) in samples.read("seconds")])))
+        seconds = float(np.mean(np.concatenate([part for (part,) in rows.read("seconds")])))
         results = {
             "features": figures,
+            **subject.figures(rows),
             "reference": args.reference,
             "num_reference": reference.count,
             "num_samples": args.num,
             "sampler": args.sampler,
             "num_steps": num_steps,
+            **subject.results,
             "seed": args.seed,
             "dtype": args.dtype,
             "seconds_per_image": seconds,
-            "weights": description,
+            "weights": subject.description,
             "command": command_line(),
             "machine": machine(),
         }
         if args.save_reference:
             save_reference(args.save_reference, real_statistics[0], features[0])
-        _write(args, results, samples)
-        release(folder, samples, *([real] if real else []))
+        _write(args, results, rows, samples.kept)
+        release(folder, rows, *([real] if real else []))
         shown = ", ".join(f"{figures[name]['frechet_distance']:.4f} ({name})" for name in names)
+        if "clip" in results:
+            shown += f", CLIP score {results['clip']['clip_score']:.2f}"
+        if "latency" in results:
+            shown += f", {results['latency']['seconds']['p50']:.3g} s an image"
         print(f"evaluate: Fréchet distance {shown} in {args.out}")
     multihost_utils.sync_global_devices(f"evaluate: {args.out} written")
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    """What the arguments have evaluated; defaults are filled in in `args`."""
+    if is_text_to_image(args.weights):
+        if args.coco is None:
+            raise UserError(f"{args.weights} are text-to-image weights; expected --coco CAPTIONS")
+        return captioned(args)
+    refuse(args, CAPTION_OPTIONS, f"{args.weights} are no text-to-image weights")
+    maker, weights = make_images(args)
+    settings = {
+        "network": complete(weights.network),
+        "params_sha256": params_sha256(weights.params),
+        "sampler_options": {name: getattr(args, name) for name in SAMPLER_OPTIONS},
+        # A batch's noise is one draw, and the devices may have made the batch larger.
+        "noise_batch_size": maker.batch_size if args.s_churn else None,
+    }
+    samples = LabelledSamples(maker, args.seed)
+    return Subject(samples, settings, {}, weights.description, lambda rows: {})
 
 
 def _names(args: argparse.Namespace) -> list[str]:
@@ -231,6 +265,8 @@ def _check_arguments(args: argparse.Namespace, names: list[str]) -> None:
 def _check_outputs(args: argparse.Namespace, folder: Path) -> None:
     """Raises a UserError where an output would take the place of something else."""
     taken = {os.path.realpath(args.reference): "--reference"}
+    if args.coco is not None:
+        taken[os.path.realpath(args.coco)] = "--coco"
     for name in ("out", "samples", "save_reference"):
         path = getattr(args, name)
         if path is None:
@@ -244,27 +280,13 @@ def _check_outputs(args: argparse.Namespace, folder: Path) -> None:
             check_free(path)
 
 
-def _write(args: argparse.Namespace, results: dict[str, Any], samples: Rows) -> None:
+def _write(args: argparse.Namespace, results: dict, rows: Rows, kept: tuple[str, ...]) -> None:
     try:
         if args.samples:
-            with replacing(args.samples) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-                for name in ("images", "labels"):
-                    _stream(archive, name, samples)
+            rows.write_npz(args.samples, ("images", *kept))
         write_json(args.out, results)
     except OSError as error:
         raise UserError(f"results cannot be written: {error}") from error
-
-
-def _stream(archive: zipfile.ZipFile, name: str, samples: Rows) -> None:
-    """Writes an array to an .npz part by part, as 50,000 images need not fit in memory."""
-    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-        for number, (part,) in enumerate(samples.read(name)):
-            if number == 0:
-                shape = (samples.count, *part.shape[1:])
-                descr = np.lib.format.dtype_to_descr(part.dtype)
-                header = {"shape": shape, "fortran_order": False, "descr": descr}
-                np.lib.format.write_array_header_1_0(file, header)
-            file.write(np.ascontiguousarray(part).tobytes())
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -20,6 +22,71 @@ REFERENCE_PART = 512
 SHOWN_EVERY = 2.0  # seconds
 
 
+class Samples(Protocol):
+    """Images to judge, by index; each is a function of a seed and its index.
+
+    Attributes:
+      sample_shape: (H, W, C) of one image as it is judged.
+      kept: the inputs that are kept where images are.
+    """
+
+    sample_shape: tuple[int, ...]
+    kept: tuple[str, ...]
+
+    def warm_up(self) -> None:
+        """Compiles what makes images."""
+
+    def inputs(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """What the images start..stop-1 are made of, each array [stop - start, …]."""
+
+    def images(self, inputs: dict[str, np.ndarray], start: int) -> Iterator[np.ndarray]:
+        """The images of `inputs`, float32 [n, …], batch by batch; `start` is the first's index."""
+
+    def judged(self, images: np.ndarray) -> np.ndarray:
+        """Images [N, *sample_shape], float32 in [-1, 1] or about, of those that were made."""
+
+    def scores(self, images: np.ndarray, start: int) -> dict[str, np.ndarray]:
+        """Figures of each of these images, [N, …], besides their features; may be none."""
+
+
+class Subject(NamedTuple):
+    """What an evaluation is of."""
+
+    samples: Samples
+    settings: dict[str, Any]  # what the samples depend on, JSON-able
+    results: dict[str, Any]  # what their results say of that
+    description: str  # of the weights
+    figures: Callable[[Rows], dict[str, Any]]  # of the rows, besides those of features
+
+
+class LabelledSamples:
+    """Samples of a class-conditional or unconditional model; see Samples."""
+
+    kept = ("labels",)
+
+    def __init__(self, maker: ImageMaker, seed: int):
+        self._maker, self._seed = maker, seed
+        self.sample_shape = maker.sample_shape
+
+    def warm_up(self) -> None:
+        self._maker(np.zeros((1, *self.sample_shape), np.float32), np.zeros(1, np.int32))
+
+    def inputs(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        return {
+            "z": draw_latents(self._seed, start, stop, self.sample_shape),
+            "labels": draw_labels(self._seed, start, stop, self._maker.num_classes),
+        }
+
+    def images(self, inputs: dict[str, np.ndarray], start: int) -> Iterator[np.ndarray]:
+        return self._maker.batches(inputs["z"], inputs["labels"], seed=self._seed, first=start)
+
+    def judged(self, images: np.ndarray) -> np.ndarray:
+        return images
+
+    def scores(self, images: np.ndarray, start: int) -> dict[str, np.ndarray]:
+        return {}
+
+
 def reference_rows(folder: Path, reference: Reference, features: list[Features]) -> Rows:
     """The features of the real images, as arrays "features_0" and so on.
 
@@ -27,7 +94,7 @@ def reference_rows(folder: Path, reference: Reference, features: list[Features])
       UserError: an image cannot be read, features are not finite, a part cannot be written.
     """
     rows = Rows(folder, "reference", len(reference.indices), REFERENCE_PART)
-    counter = _Counter("reference")
+    counter = Counter("reference")
 
     def make_part(start: int, stop: int) -> dict[str, np.ndarray]:
         indices = reference.indices[start:stop]
@@ -42,46 +109,51 @@ def reference_rows(folder: Path, reference: Reference, features: list[Features])
 
 def sample_rows(
     folder: Path,
-    maker: ImageMaker,
+    samples: Samples,
     features: list[Features],
     *,
     num: int,
     part_size: int,
-    seed: int,
     keep_images: bool,
 ) -> Rows:
-    """The same of samples, and the "seconds" that each took one process, compilation left out.
+    """The same of samples, their scores, and the "seconds" that each took one process to make.
+
+    Compilation is left out of these.
 
     Args:
-      num: samples, each a function of the seed and its index.
-      keep_images: keep "images" float32 [N, H, W, C] and "labels" int32 [N] as well.
+      num: how many.
+      keep_images: keep "images" float32 [N, H, W, C], as judged, and samples.kept as well.
 
     Raises:
       UserError: images or features are not finite, a part cannot be written.
     """
     rows = Rows(folder, "samples", num, part_size)
-    counter = _Counter("evaluate")
+    counter = Counter("evaluate")
     compiled = False
 
     def make_part(start: int, stop: int) -> dict[str, np.ndarray]:
         nonlocal compiled
-        z = draw_latents(seed, start, stop, maker.sample_shape)
-        labels = draw_labels(seed, start, stop, maker.num_classes)
+        inputs = samples.inputs(start, stop)
         if not compiled:
-            maker(z[:1], labels[:1])
+            samples.warm_up()
             compiled = True
         began = time.perf_counter()
         parts = []
-        for part in maker.batches(z, labels, seed=seed, first=start):
+        for part in samples.images(inputs, start):
             parts.append(part)
             counter.add(len(part))
-        seconds = (time.perf_counter() - began) / len(z)
+        count = stop - start
+        seconds = (time.perf_counter() - began) / count
         images = np.concatenate(parts)
         where = f"samples {start} to {stop - 1}"
         if not np.isfinite(images).all():
             raise UserError(f"{where} hold NaN or infinity, expected finite images")
-        arrays = _extract(features, images, where) | {"seconds": np.full(len(z), seconds)}
-        return arrays | ({"images": images, "labels": labels} if keep_images else {})
+        images = samples.judged(images)
+        arrays = _extract(features, images, where) | samples.scores(images, start)
+        arrays["seconds"] = np.full(count, seconds)
+        if keep_images:
+            arrays |= {"images": images} | {name: inputs[name] for name in samples.kept}
+        return arrays
 
     rows.make(make_part, counter.start)
     return rows
@@ -95,7 +167,7 @@ def _extract(features: list[Features], images: np.ndarray, where: str) -> dict[s
     return arrays
 
 
-class _Counter:
+class Counter:
     """A progress line of this process's rows, which the first process shows."""
 
     def __init__(self, name: str):

@@ -134,7 +134,7 @@ def _of_network(
 
     Images become bytes by EDM's rule first, as those behind published figures did.
     """
-    run = _on_devices(network, params)
+    run = on_devices(network, params)
 
     def dimensions(shape: tuple[int, ...]) -> int:
         *sides, channels = shape
@@ -157,7 +157,7 @@ def _of_network(
     return Features(name, extract, logits, dimensions, origin)
 
 
-def _on_devices(
+def on_devices(
     function: Callable[[Any, jax.Array], jax.Array], params: Any
 ) -> Callable[[np.ndarray], np.ndarray]:
     """images [N, …] -> rows [N, …], the batch split over this process's devices."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,30 @@ class Rows:
                 )
             yield tuple(arrays[name] for name in names)
 
+    def write_npz(self, path: Path, names: Sequence[str]) -> None:
+        """Writes arrays part by part to an .npz, as 50,000 images need not fit in memory.
+
+        Raises:
+          UserError: as `read`. OSError: the file cannot be written.
+        """
+        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            for name in names:
+                self._stream(archive, name)
+
     def remove(self) -> None:
         """Deletes the parts."""
         for number in self.numbers:
             self._path(number).unlink(missing_ok=True)
+
+    def _stream(self, archive: zipfile.ZipFile, name: str) -> None:
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            for number, (part,) in enumerate(self.read(name)):
+                if number == 0:
+                    shape = (self.count, *part.shape[1:])
+                    descr = np.lib.format.dtype_to_descr(part.dtype)
+                    header = {"shape": shape, "fortran_order": False, "descr": descr}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(part).tobytes())
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.name}-{number:05d}.npz"
@@ -105,10 +126,15 @@ class Rows:
         return arrays
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> None:
+def claim(
+    folder: Path, settings: dict[str, Any], *, others: str = "parts of another evaluation"
+) -> None:
     """Makes a folder for parts that depend on `settings`, or goes on with it.
 
     Every process calls it; it returns once all have, and raises in all if it does in one.
+
+    Args:
+      others: what a folder of other settings is said to hold.
 
     Raises:
       UserError: the folder holds parts of other settings (named), or something else, or cannot
@@ -125,7 +151,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
 
     def check() -> None:
-        _check_settings(json.loads(path.read_text(encoding="utf-8")), settings, folder)
+        _check_settings(json.loads(path.read_text(encoding="utf-8")), settings, folder, others)
 
     _together(path, make)
     _together(path, check)
@@ -159,7 +185,7 @@ def _together(path: Path, action: Callable[[], None]) -> None:
         )
 
 
-def _check_settings(found: Any, settings: dict[str, Any], folder: Path) -> None:
+def _check_settings(found: Any, settings: dict[str, Any], folder: Path, others: str) -> None:
     found = found if isinstance(found, dict) else {}
     different = [
         f"{name} {found.get(name)!r} there, {settings.get(name)!r} asked for"
@@ -168,6 +194,6 @@ def _check_settings(found: Any, settings: dict[str, Any], folder: Path) -> None:
     ]
     if different:
         raise UserError(
-            f"{folder} holds parts of another evaluation ({'; '.join(different)}); expected the "
-            "same settings, another --out, or that folder deleted"
+            f"{folder} holds {others} ({'; '.join(different)}); expected the same settings, "
+            "another --out, or that folder deleted"
         )

@@ -1,0 +1,155 @@
+"""The CLIP score: against transformers' CLIPModel and its image processor, and its definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from clip_folder import PREPROCESSOR, save_clip, write_clip
+from commands import succeeds
+from PIL import Image
+
+from dmd_jax.errors import UserError
+from dmd_jax.evaluation.clip_folder import Preparation, load_clip
+from dmd_jax.evaluation.clip_score import ClipScore, prepare, resized, score
+
+TOLERANCE = 5e-5  # of cosines, which are at most 1
+TEXTS = ["a cat on the red photo", "", "THE DOG'S  photo", "dog " * 100, "é 😀"]
+MEAN, STD = PREPROCESSOR["image_mean"], PREPROCESSOR["image_std"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip")
+    write_clip(path / "clip")
+    succeeds("convert", "clip", path / "clip", path / "out")
+    return path / "out"
+
+
+def drawn_images(*shape):
+    """Bytes, smooth enough that resizing them is no matter of chance."""
+    rng = np.random.default_rng(3)
+    waves = rng.standard_normal((shape[0], 4, 4, shape[-1]))
+    coarse = np.uint8(np.clip(waves * 60 + 128, 0, 255))
+    return resized(coarse, shape[1:3], Image.Resampling.BILINEAR)
+
+
+@pytest.mark.torch
+def test_cosines_are_those_of_transformers(tmp_path):
+    import torch
+    from transformers import CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    model = save_clip(tmp_path / "clip")
+    succeeds("convert", "clip", tmp_path / "clip", tmp_path / "out")
+    clip, images = ClipScore(tmp_path / "out"), drawn_images(len(TEXTS), 20, 20, 3)
+    ours = clip.cosines(images, clip.tokens(TEXTS))
+
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path / "clip")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "clip")
+    pixels = processor(images=list(images), return_tensors="pt")
+    tokens = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(
+            input_ids=tokens["input_ids"], pixel_values=pixels["pixel_values"]
+        ).logits_per_image
+        expected = (expected / model.logit_scale.exp()).diagonal().numpy()
+    np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
+    assert np.ptp(ours) > 100 * TOLERANCE  # the pairs are told apart
+    crossed = clip.cosines(images, clip.tokens(TEXTS[::-1]))
+    assert np.abs(crossed - ours).max() > 100 * TOLERANCE
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("shape", [(31, 31), (224, 224), (17, 40), (41, 18)])
+def test_images_are_prepared_as_by_transformers(shape):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    images = drawn_images(2, *shape, 3)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=13)
+    expected = processor(images=list(images), return_tensors="np")["pixel_values"]
+    ours = prepare(images, Preparation(16, 13, MEAN, STD))
+    np.testing.assert_allclose(ours, np.moveaxis(expected, 1, -1), atol=1e-6)
+
+
+def test_preparation_is_pil_crop_and_statistics():
+    images = drawn_images(2, 30, 20, 3)
+    ours = prepare(images, Preparation(16, 12, [0.5, 0.25, 0.0], [0.5, 1.0, 2.0]))
+    assert ours.dtype == np.float32
+    for image, found in zip(images, ours):
+        # 16 wide, 24 high; the middle 12 of both.
+        picture = Image.fromarray(image).resize((16, 24), Image.Resampling.BICUBIC)
+        middle = np.asarray(picture.crop((2, 6, 14, 18)), np.float64) / 255
+        expected = (middle - [0.5, 0.25, 0.0]) / [0.5, 1.0, 2.0]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_the_score_is_a_mean_of_cosines():
+    found = score(np.array([0.5, -0.25, 0.125]))
+    assert found["cosine"] == pytest.approx(0.125)
+    assert found["clip_score"] == pytest.approx(100 * (0.5 + 0.125) / 3)  # below 0 counts as 0
+
+
+def test_cosines_are_of_each_pair_whatever_is_beside_it(folder):
+    clip, images = ClipScore(folder), drawn_images(len(TEXTS), 16, 16, 3)
+    tokens = clip.tokens(TEXTS)
+    whole = clip.cosines(images, tokens)
+    for index in range(len(TEXTS)):
+        one = clip.cosines(images[index : index + 1], tokens[index : index + 1])
+        np.testing.assert_allclose(one[0], whole[index], atol=1e-6)
+    assert (np.abs(whole) <= 1).all()
+
+
+def test_origin_is_that_of_the_conversion(folder):
+    origin = ClipScore(folder).origin
+    assert origin["file"] == "clip" and len(origin["sha256"]) == 64
+
+
+def test_folders_that_are_refused(folder, tmp_path):
+    def refused(path, change):
+        """The message of a copy of the folder after `change` of one of its JSON files."""
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        content = json.loads((copy / path).read_text())
+        change(content)
+        (copy / path).write_text(json.dumps(content))
+        with pytest.raises(UserError) as raised:
+            load_clip(copy)
+        return str(raised.value)
+
+    with pytest.raises(UserError, match=r"no clip.json in it; expected a folder that"):
+        load_clip(tmp_path)
+    clip, config = "clip.json", "config.json"
+    assert "cannot be read: mean is 'x'" in refused(clip, lambda c: c.update(mean="x"))
+    assert "std is [1, 1, inf]" in refused(clip, lambda c: c.update(std=[1, 1, float("inf")]))
+    assert "holds no sizes, mean and std" in refused(clip, lambda c: c.pop("crop_size"))
+    assert "crop_size is 13; expected 14" in refused(clip, lambda c: c.update(crop_size=13))
+    assert "has no source; expected what" in refused(config, lambda c: c.pop("source"))
+    assert "makes 78 tokens; expected at most 77" in refused(
+        "tokenizer/tokenizer_config.json", lambda c: c.update(model_max_length=78)
+    )
+    shutil.rmtree(tmp_path / "copy")
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.copytree(folder / "text_encoder", tmp_path / "copy", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="is of network clip_text; expected clip_vision"):
+        load_clip(tmp_path / "copy")
+
+
+def test_impossible_preparations_are_refused():
+    good = Preparation(16, 14, MEAN, STD)
+    for name, value in (
+        ("crop_size", 17),
+        ("crop_size", 0),
+        ("shortest_edge", 16.0),
+        ("shortest_edge", 8193),
+        ("mean", MEAN[:2]),
+        ("mean", [0, 0, float("nan")]),
+        ("std", [1, 1, 0]),
+        ("std", [True, True, True]),
+    ):
+        with pytest.raises(UserError, match=name):
+            dataclasses.replace(good, **{name: value})
