@@ -17,9 +17,9 @@ from dmd_jax.config import resolve_config, save_config
 from dmd_jax.errors import Stopped, UserError
 from dmd_jax.experiment import (
     check_ranges,
+    distance_of,
     loss_options,
-    perceptual_of,
-    schedule_of,
+    lpips_of,
     teacher_of,
 )
 from dmd_jax.files import write_json, write_whole
@@ -83,12 +83,14 @@ def run(args: argparse.Namespace) -> None:
     rows, seeds = chosen_rows(args.rows, config), chosen_seeds(args.seeds)
     arguments = evaluate_arguments(args, config)
     teacher = teacher_of(config)
-    sample_shape = denoiser_of(teacher).sample_shape
+    denoiser = denoiser_of(teacher)
+    sample_shape = denoiser.sample_shape
     judges = evaluate.origins(*evaluate.open_judges(_parsed(arguments), sample_shape))
     for row_config in (apply_row(config, row) for row in rows):
         # What train refuses in hours, once the pairs are there.
-        loss_options(row_config, schedule_of(row_config))
-        perceptual_of(row_config, sample_shape)
+        loss_options(row_config, denoiser.schedule)
+        if distance_of(row_config, sample_shape) is not None:
+            lpips_of(row_config)
     papers = {row: _paper(config, row, judges["features"]) for row in rows}
     study = Study(
         config=config,

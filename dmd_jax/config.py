@@ -23,6 +23,9 @@ MAY_CHANGE = (
     "teacher.weights",
     "pairs.folder",
     "images",
+    "text.prompts",
+    "text.encode",
+    "remat",
     "lpips.weights",
     "log_every",
     "checkpoint_every",
@@ -31,6 +34,16 @@ MAY_CHANGE = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+)
+
+# What a stage of a run may set for itself; the state and its optimisers are the same throughout.
+STAGED = (
+    "batch_size",
+    "regression_batch_size",
+    "regression_weight",
+    "min_index",
+    "max_index",
+    "text.decoder",
 )
 
 
@@ -42,8 +55,8 @@ def default_config() -> ConfigDict:
     config.network = ConfigDict()
     # The type that networks compute in: float32 or bfloat16. Parameters and losses are float32.
     config.compute_dtype = "float32"
-    # The noise schedule: edm.
-    config.schedule = "edm"
+    config.remat = "none"  # or full, dots: what a text-to-image U-Net computes again, for memory
+    config.guidance = 1.0  # classifier-free, of the teacher alone, for text; 1 is none
     # Real images: digits, a folder or zip of PNGs, an .npz, idx files, or tfds:NAME:SPLIT;
     # "pad2:" before any of them adds two black pixels at each side.
     config.images = ""
@@ -64,7 +77,8 @@ def default_config() -> ConfigDict:
     config.pairs = pairs = ConfigDict()
     pairs.folder = ""
     pairs.count = 100_000
-    pairs.num_steps = 18  # of the Heun sampler, two evaluations each but the last
+    pairs.sampler = "heun"  # for text: pndm, ddim, dpm++ or unipc
+    pairs.num_steps = 18  # Heun makes two evaluations each but the last
     pairs.batch_size = 512
     pairs.compute_dtype = "float32"  # the targets keep what a coarser one rounds
     pairs.shard_size = 2048
@@ -73,6 +87,7 @@ def default_config() -> ConfigDict:
     # `dmd-jax train`: the distillation.
     config.steps = 300_000
     config.batch_size = 392  # matching loss and fake score
+    config.match_reference = False  # the pairs' latents are among them, as for Stable Diffusion
     config.regression_batch_size = 392
     config.learning_rate = 5e-5
     config.fake_score_learning_rate = 5e-5
@@ -89,6 +104,15 @@ def default_config() -> ConfigDict:
     lpips.pooling = "average"  # or max, as the standard LPIPS has
     lpips.resolution = 224  # pixels that images are resized to; 0 leaves them as they are
     lpips.repeat_grey = False  # one-channel images are shown to LPIPS three times
+    # Text to image: `dmd-jax prompts` writes the folder.
+    config.text = text = ConfigDict()
+    text.prompts = ""
+    text.encode = "in_step"  # or ahead: a program of its own before each step
+    text.decoder = "taesd"  # of the regression and of pictures; or vae
+    # Options of models.build_network; empty where they are those of the teacher's folder.
+    text.text_encoder = ConfigDict()
+    text.taesd = ConfigDict()
+    text.vae = ConfigDict()
     config.weighting = "normalized"  # or sigma_over_alpha, sigma3_over_alpha
     config.alpha_factor = False  # Eq. 8's alpha_t, which Algorithm 2 leaves out
     config.min_index = 20  # schedule bins of the matching loss, both included
@@ -96,6 +120,9 @@ def default_config() -> ConfigDict:
     config.generator_every = 1  # the generator updates on each n-th step
     config.accumulation = 1  # micro-batches of a step
     config.ema_decay = 0.0  # of the generator; 0 keeps none
+    # Other values for the first steps: dicts of "until", the steps done at its end, and of keys
+    # among STAGED; after the last of them the config is as it is.
+    config.stages = ()
 
     # Devices: one size may be -1 and takes what is left.
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
@@ -193,6 +220,37 @@ def resolve_config(
                 "expected the same values, or another --workdir"
             )
     return config
+
+
+def stages_of(config: ConfigDict) -> list[tuple[int, ConfigDict]]:
+    """The run's parts: the steps done at the end of each, and the config that it has.
+
+    Raises:
+      UserError: config.stages is no sequence of such dicts, or their ends do not ascend.
+    """
+    stages, last = [], 0
+    for number, stage in enumerate(config.stages):
+        where = f"config.stages[{number}]"
+        values = dict(stage) if isinstance(stage, (dict, ConfigDict)) else {}
+        until = values.pop("until", None)
+        if type(until) is not int or until <= last:
+            raise UserError(
+                f"{where} is {stage!r}; expected a dict whose until is more than {last} steps"
+            )
+        unknown = [key for key in values if key not in STAGED]
+        if unknown:
+            raise UserError(
+                f"{where} sets {', '.join(unknown)}; expected some of {', '.join(STAGED)}"
+            )
+        part = ConfigDict(config.to_dict())
+        try:
+            part.update_from_flattened_dict(values)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: {_one_line(error)}") from error
+        stages.append((until, part))
+        last = until
+    ended = [stage for stage in stages if stage[0] < config.steps]
+    return [*ended, (config.steps, stages[len(ended)][1] if len(ended) < len(stages) else config)]
 
 
 def save_config(config: ConfigDict, workdir: Path, *, command: str) -> None:

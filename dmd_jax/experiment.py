@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from dmd_jax import losses
 from dmd_jax.auxiliary import LPIPS, how_to_make, load_auxiliary
+from dmd_jax.config import stages_of
 from dmd_jax.errors import UserError
 from dmd_jax.models import complete
 from dmd_jax.models.lpips import lpips, lpips_template
@@ -49,19 +50,11 @@ def check_ranges(config: ConfigDict) -> None:
                 raise UserError(f"config.{key} is {value}; expected at least {minimum}")
 
 
-def schedule_of(config: ConfigDict) -> NoiseSchedule:
-    """The noise schedule by its name: "edm", the one that the networks here are preconditioned for.
-
-    Raises:
-      UserError: another name.
-    """
-    _one_of(config, "schedule", ("edm",))
-    return NoiseSchedule.edm()
-
-
 def fake_weight_of(config: ConfigDict) -> Callable[[NoiseLevel], jax.Array]:
-    """EDM's weight of the denoising loss, at the network's sigma_data."""
-    sigma_data = config.network.get("sigma_data", 0.5)
+    """The weight of the denoising loss: EDM's at the network's sigma_data, else the noise's MSE."""
+    sigma_data = complete(config.network.to_dict()).get("sigma_data")
+    if sigma_data is None:
+        return losses.snr_weight
     return functools.partial(losses.edm_weight, sigma_data=sigma_data)
 
 
@@ -110,7 +103,7 @@ def loss_options(config: ConfigDict, schedule: NoiseSchedule) -> dict[str, Any]:
     Raises:
       UserError: a value of the method that is unknown or out of range.
     """
-    _one_of(config, "weighting", losses.WEIGHTINGS)
+    one_of(config, "weighting", losses.WEIGHTINGS)
     if not 0 <= config.min_index <= config.max_index < schedule.num_levels:
         raise UserError(
             f"config.min_index={config.min_index} and config.max_index={config.max_index}; "
@@ -124,19 +117,20 @@ def loss_options(config: ConfigDict, schedule: NoiseSchedule) -> dict[str, Any]:
     )
 
 
-def perceptual_of(
-    config: ConfigDict, sample_shape: tuple[int, ...]
-) -> tuple[Callable[[Params, jax.Array, jax.Array], jax.Array] | None, Params | None]:
-    """The regression's distance (params, x, y) -> [B] and its parameters; two Nones for L2.
+def distance_of(
+    config: ConfigDict, image_shape: tuple[int, ...]
+) -> Callable[[Params, jax.Array, jax.Array], jax.Array] | None:
+    """The regression's distance (LPIPS's params, x, y) -> [B] of images; None for L2.
 
     Raises:
-      UserError: an unknown distance or option, no LPIPS weights, or images that LPIPS cannot see.
+      UserError: an unknown distance or option, or images that LPIPS cannot see.
     """
-    _one_of(config, "distance", ("lpips", "l2"))
-    if config.distance == "l2" or not config.regression_weight:
-        return None, None
+    one_of(config, "distance", ("lpips", "l2"))
+    regressed = any(stage.regression_weight for _, stage in stages_of(config))
+    if config.distance == "l2" or not regressed:
+        return None
     options = config.lpips
-    grey = sample_shape[-1] == 1
+    grey = image_shape[-1] == 1
     if grey and not options.repeat_grey:
         raise UserError(
             "LPIPS takes three channels and these images are grey; expected "
@@ -148,16 +142,25 @@ def perceptual_of(
             x, y = (jnp.repeat(image, 3, axis=-1) for image in (x, y))
         return lpips(params, x, y, pooling=options.pooling, resolution=options.resolution or None)
 
-    image = jax.ShapeDtypeStruct((1, *sample_shape), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:
         jax.eval_shape(distance, lpips_template(), image, image)
     except UserError as error:
         raise UserError(f"config.lpips: {error}") from error
-    if not options.weights:
+    return distance
+
+
+def lpips_of(config: ConfigDict) -> Params:
+    """LPIPS's parameters.
+
+    Raises:
+      UserError: none are named, or they are not LPIPS's.
+    """
+    if not config.lpips.weights:
         raise UserError(
             f"config.lpips.weights is empty; {how_to_make(LPIPS)}; or set config.distance=l2"
         )
-    return distance, load_auxiliary(Path(options.weights), LPIPS)
+    return load_auxiliary(Path(config.lpips.weights), LPIPS)
 
 
 def abstract_state(initialize: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
@@ -182,7 +185,8 @@ def _value(config: ConfigDict, key: str) -> Any:
     return config
 
 
-def _one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:
+def one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:
+    """Raises a UserError unless the value of a dotted key is among the known ones."""
     value = _value(config, key)
     if value not in known:
         raise UserError(f"config.{key} is {value!r}; expected one of {', '.join(known)}")

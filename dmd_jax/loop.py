@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,17 @@ from dmd_jax.metrics import MetricsWriter, Progress
 from dmd_jax.sharding import to_mesh
 
 
+class Stage(NamedTuple):
+    """A part of a run with a step and batches of its own."""
+
+    until: int  # steps done at its end
+    # The jitted step: (state, batch) -> (state, metrics)
+    advance: Callable[[Any, dict[str, jax.Array]], tuple[Any, dict[str, jax.Array]]]
+    # This process's rows, an iterator with get_state() and set_state(); made when it is needed.
+    batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+    images_per_step: int
+
+
 def run(
     *,
     name: str,
@@ -30,22 +41,20 @@ def run(
     identity: dict[str, Any],
     abstract: Any,
     initialize: Callable[[], Any],
-    advance: Callable[[Any, dict[str, jax.Array]], tuple[Any, dict[str, jax.Array]]],
-    batches: Iterator[dict[str, np.ndarray]],
+    stages: Sequence[Stage],
     mesh: Mesh,
-    total_steps: int,
-    images_per_step: int,
     draw_pictures: Callable[[Any], dict[str, np.ndarray]],
     sparse_every: int = 1,
     dense: Collection[str] = (),
 ) -> Any:
-    """Trains to total_steps from the newest checkpoint, or from `initialize()`.
+    """Trains to the last stage's end from the newest checkpoint, or from `initialize()`.
 
     Args:
       config: its cadences are used here, and it is saved in the workdir.
       identity: JSON-able facts of the teacher and the data, which a resumed run must share.
-      abstract: the state as ShapeDtypeStructs with shardings. advance: the jitted step.
-      batches: a Grain iterator of this process's rows; its position is in the checkpoints.
+      abstract: the state as ShapeDtypeStructs with shardings.
+      stages: at least one, in the order of their ends. Each begins its batches anew; the position
+        in them is in the checkpoints.
       draw_pictures: state -> {name: uint8 [H, W, C]}.
       sparse_every: only each n-th step, the first among them, has metrics besides those of `dense`.
 
@@ -55,13 +64,14 @@ def run(
     Raises:
       Stopped: on SIGTERM or SIGINT, after a checkpoint.
       UserError: a loss is not finite (names the step), the run there is of another identity or
-        past total_steps, or something cannot be written or read.
+        past the last stage, or something cannot be written or read.
     """
     first = jax.process_index() == 0
+    total_steps = stages[-1].until
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     restored = checkpoints.restore(abstract)
     if restored is None:
-        step, state = 0, initialize()
+        step, state, position = 0, initialize(), {"stage": 0, "batches": None}
     else:
         step, state, position = restored
         if position["identity"] != identity:
@@ -74,27 +84,36 @@ def run(
                 f"{workdir} is at step {step:,}, not {total_steps:,}; expected steps of at least "
                 "that, or another --workdir"
             )
-        batches.set_state(position["batches"])
         if first:
             print(f"{name}: going on from step {step} in {workdir}", file=sys.stderr)
     if first:
         # Not before the checkpoint agrees: a refused config must not replace the run's own.
         save_config(config, workdir, command=name)
     writer = MetricsWriter(workdir, step=step, enabled=first)
-    progress = Progress(name, total_steps, start=step, per_step=images_per_step, enabled=first)
+    number = _stage_at(step, stages)
+    batches = stages[number].batches()
+    if position["stage"] == number and position["batches"] is not None:
+        batches.set_state(position["batches"])
+    progress = _progress(name, stages, number, step, enabled=first)
     pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     def save() -> None:
         _check_finite(pending, checkpoints)
-        checkpoints.save(step, state, {"batches": batches.get_state(), "identity": identity})
+        position = {"stage": number, "batches": batches.get_state()}
+        checkpoints.save(step, state, position | {"identity": identity})
 
     started_at = step
     try:
         with _stop_requests() as requested:
             while step < total_steps:
+                if step == stages[number].until:
+                    number = _stage_at(step, stages)
+                    batches = stages[number].batches()
+                    progress = _progress(name, stages, number, step, enabled=first)
+                    started_at = step
                 batch = to_mesh(next(batches), mesh)
                 with jax.transfer_guard("disallow"):
-                    state, metrics = advance(state, batch)
+                    state, metrics = stages[number].advance(state, batch)
                 step += 1
                 if (step - 1) % sparse_every:
                     metrics = {name: metrics[name] for name in dense}
@@ -113,10 +132,10 @@ def run(
                         writer.picture(step, picture, image)
                 if step % config.checkpoint_every == 0 and step < total_steps:
                     save()
-                if number := requested(step):
+                if signal_number := requested(step):
                     save()
                     checkpoints.wait()
-                    raise Stopped(step, number, workdir)
+                    raise Stopped(step, signal_number, workdir)
             save()
             checkpoints.wait()
     finally:
@@ -124,6 +143,16 @@ def run(
         if sys.exc_info()[0] is None:
             checkpoints.close()
     return state
+
+
+def _stage_at(step: int, stages: Sequence[Stage]) -> int:
+    """The number of the stage that the step after `step` belongs to; at the end, the last."""
+    return next((i for i, stage in enumerate(stages) if step < stage.until), len(stages) - 1)
+
+
+def _progress(name: str, stages, number: int, step: int, *, enabled: bool) -> Progress:
+    per_step = stages[number].images_per_step
+    return Progress(name, stages[-1].until, start=step, per_step=per_step, enabled=enabled)
 
 
 def _check_finite(pending, checkpoints: Checkpoints) -> dict[str, float]:

@@ -161,7 +161,6 @@ def _check(config: ConfigDict, mesh: Mesh) -> None:
         point = toy[key]
         plain = len(point) == 2 and all(isinstance(each, (int, float)) for each in point)
         require(plain and np.isfinite(point).all(), f"toy.{key}", point, "a point (x, y)")
-    require(config.schedule == "edm", "schedule", config.schedule, "'edm', the MLP's")
     for key, part in (("steps", "log_every"), ("log_every", "generator_every")):
         multiple = f"a multiple of config.{part}={config[part]}"
         require(config[key] % config[part] == 0, key, config[key], multiple)

@@ -33,6 +33,11 @@ def run(args: argparse.Namespace) -> None:
     mesh = mesh_of(config)
     check_batch_size(options.batch_size, mesh, name="config.teacher.batch_size")
     denoiser = build_denoiser(config.network.to_dict(), dtype=config.compute_dtype)
+    if denoiser.cond_shape is not None:
+        raise UserError(
+            f"config.network is {config.network.name}; expected a network of EDM's, which is what "
+            "this command trains"
+        )
     images = open_images(config.images, resolution=denoiser.sample_shape[0])
     if (images.sample_shape, images.num_classes) != (denoiser.sample_shape, denoiser.num_classes):
         raise UserError(
@@ -70,22 +75,27 @@ def run(args: argparse.Namespace) -> None:
         identity={"images": len(images)},
         abstract=abstract,
         initialize=jax.jit(initialize, out_shardings=shardings),
-        advance=jax.jit(
-            step,
-            in_shardings=(shardings, batch_sharding(mesh)),
-            out_shardings=(shardings, replicated(mesh)),
-            donate_argnums=0,
-        ),
-        batches=batches(
-            images,
-            batch_size=options.batch_size,
-            seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
+        stages=[
+            loop.Stage(
+                until=options.steps,
+                advance=jax.jit(
+                    step,
+                    in_shardings=(shardings, batch_sharding(mesh)),
+                    out_shardings=(shardings, replicated(mesh)),
+                    donate_argnums=0,
+                ),
+                batches=functools.partial(
+                    batches,
+                    images,
+                    batch_size=options.batch_size,
+                    seed=config.seed,
+                    process_index=jax.process_index(),
+                    process_count=jax.process_count(),
+                ),
+                images_per_step=options.batch_size,
+            )
+        ],
         mesh=mesh,
-        total_steps=options.steps,
-        images_per_step=options.batch_size,
         draw_pictures=_preview(config, denoiser, shardings.ema, mesh),
     )
     params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(final.ema)

@@ -11,7 +11,7 @@ from commands import fails, succeeds
 from dmd_jax.auxiliary import LPIPS, load_auxiliary, save_auxiliary
 from dmd_jax.config import default_config
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import perceptual_of
+from dmd_jax.experiment import distance_of, lpips_of
 from dmd_jax.metrics import read_metrics
 from dmd_jax.weights import load_weights, params_sha256
 
@@ -27,7 +27,7 @@ def config(lpips_file):
 
 def test_the_default_is_the_papers_lpips(config, golden):
     """Average pooling at 224 pixels, as PIQ computed it for the golden row; 1e-4 absolute."""
-    distance, params = perceptual_of(config, COLOUR)
+    distance, params = distance_of(config, COLOUR), lpips_of(config)
     arrays = golden("lpips_vgg16")
     x, y = (arrays[name].transpose(0, 2, 3, 1) for name in ("x32", "y32"))
     found = jax.jit(distance)(params, x, y)
@@ -37,8 +37,8 @@ def test_the_default_is_the_papers_lpips(config, golden):
 def test_grey_images_are_shown_three_times(config):
     config.lpips.repeat_grey = True
     config.lpips.resolution = 16
-    distance, params = perceptual_of(config, GREY)
-    colour, _ = perceptual_of(config, (8, 8, 3))
+    distance, params = distance_of(config, GREY), lpips_of(config)
+    colour = distance_of(config, (8, 8, 3))
     rng = np.random.default_rng(0)
     x, y = rng.uniform(-1, 1, (2, 3, *GREY)).astype(np.float32)
     of_grey = jax.jit(distance)(params, x, y)
@@ -49,9 +49,9 @@ def test_grey_images_are_shown_three_times(config):
 def test_l2_and_no_regression_need_no_weights():
     config = default_config()
     config.distance = "l2"
-    assert perceptual_of(config, COLOUR) == (None, None)
+    assert distance_of(config, COLOUR) is None
     config.distance, config.regression_weight = "lpips", 0.0
-    assert perceptual_of(config, COLOUR) == (None, None)
+    assert distance_of(config, COLOUR) is None
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,12 @@ def test_l2_and_no_regression_need_no_weights():
 def test_what_lpips_cannot_do_is_refused(overrides, shape, message):
     config = default_config()
     config.update_from_flattened_dict(overrides)
+
+    def both():
+        return distance_of(config, shape), lpips_of(config)
+
     with pytest.raises(UserError, match=re.escape(message)):
-        perceptual_of(config, shape)
+        both()
 
 
 def test_training_with_lpips_refuses_to_start_without_weights(tiny, capsys, tmp_path):

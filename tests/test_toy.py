@@ -136,7 +136,6 @@ def test_measure_counts_by_hand(plane):
         ("pairs.count=-1", "config.pairs.count is -1"),
         ("pairs.num_steps=0", "config.pairs.num_steps is 0"),
         ("max_index=1000", "config.max_index=1000"),
-        ("schedule=scaled_linear", "config.schedule is 'scaled_linear'; expected 'edm'"),
         ("weighting=flat", "config.weighting is 'flat'"),
         ("network.dim=3", "config.network takes samples of shape (3,)"),
         ("toy.sigma_min=0.5", "config.toy.sigma_min, sigma_max is (0.5, 0.25)"),

@@ -1,0 +1,45 @@
+"""Text to image with a network of a few thousand parameters: the whole road in minutes on a CPU.
+
+Its weights are random, so its images are noise; what it shows is that every step of the road works
+and where its files are. The README, "Try the road", has the commands. Each part is as in
+sd15_laion625.py but for its size: 8x8 latents, 64x64 images.
+"""
+
+from dmd_jax.config import load_config, shipped_config
+
+
+def get_config():
+    config = load_config(str(shipped_config("sd15_laion625")), [])
+    # Empty: those of the teacher's folder are taken.
+    config.text.text_encoder = {}
+    config.text.taesd = {}
+    config.text.vae = {}
+    config.network = dict(
+        name="unet2d_condition",
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+    )
+    config.compute_dtype = "float32"
+    config.remat = "none"
+    config.teacher.weights = "runs/sd15_tiny/teacher"
+    config.text.prompts = "runs/sd15_tiny/prompts"
+    config.pairs.folder = "runs/sd15_tiny/pairs"
+    config.pairs.count = 16
+    config.pairs.num_steps = 5
+    config.pairs.batch_size = 8
+    config.pairs.shard_size = 8
+    config.steps = 10
+    config.batch_size = 8
+    config.regression_batch_size = 4
+    config.warmup_steps = 2
+    config.lpips.weights = "runs/sd15_tiny/lpips.safetensors"
+    config.log_every = 1
+    config.picture_every = 10
+    config.checkpoint_every = 5
+    return config

@@ -1,0 +1,81 @@
+"""Stable Diffusion v1.5 at its full size: the paper's step as a program, without its arrays."""
+
+import json
+import os
+import subprocess
+import sys
+
+from commands import ROOT
+
+# Sixteen devices, which the tests' own process does not have.
+PROGRAM = """
+import functools, json, math, jax
+from dmd_jax.config import load_config, shipped_config
+from dmd_jax.distillation import initial_state, method_of, optimizers_of, train_step_of
+from dmd_jax.experiment import abstract_state, mesh_of, shardings_of
+from dmd_jax.sharding import infer_shardings, replicated
+from dmd_jax.train_step import jit_step
+
+config = load_config(str(shipped_config("sd15_laion625")), ["--config.mesh.fsdp=16"])
+mesh = mesh_of(config)
+method, optimizers = method_of(config), optimizers_of(config)
+teacher, perceptual, _ = method.arguments
+state = abstract_state(functools.partial(initial_state, config, method, optimizers), mesh, teacher)
+step = jit_step(
+    train_step_of(config, method, optimizers, mesh),
+    mesh,
+    shardings_of(state),
+    infer_shardings(teacher, mesh),
+    jax.tree.map(lambda _: replicated(mesh), perceptual),
+)
+lowered = step.lower(state, teacher, perceptual, method.batch(config))
+after, metrics = lowered.out_info
+count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+here = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+print(json.dumps({
+    "generator": count(state.generator.params),
+    "fake_score": count(state.fake_score.params),
+    "teacher": {name: count(part) for name, part in teacher.items()},
+    "decoders": {name: count(part) for name, part in perceptual["decoders"].items()},
+    "state_bytes_a_device": sum(map(here, jax.tree.leaves(state))),
+    "same_state": jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
+    == jax.tree.map(lambda _: True, state),
+    "metrics": sorted(metrics),
+    "batch": {name: leaf.shape for name, leaf in method.batch(config).items()},
+}))
+"""
+
+
+def test_the_papers_step_lowers_on_sixteen_devices():
+    flags = "--xla_force_host_platform_device_count=16"
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | {"XLA_FLAGS": flags},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    # The published counts of v1.5's UNet and text encoder, and of TAESD.
+    assert found["generator"] == found["fake_score"] == 859_520_964
+    assert found["teacher"] == {
+        "network": 859_520_964,
+        "uncond": 77 * 768,
+        "text_encoder": 123_060_480,
+    }
+    assert found["decoders"] == {"taesd": 2_445_063}
+    # Six float32 copies: two networks, each with Adam's two moments. A sixteenth of them is
+    # 1,289,281,446 bytes; vectors too small to split, and the counters, are whole on each device.
+    sixteenth = 6 * 4 * 859_520_964 / 16
+    assert found["state_bytes_a_device"] == 1_291_607_164
+    assert sixteenth < found["state_bytes_a_device"] < 1.002 * sixteenth
+    assert found["same_state"]
+    assert {"loss_matching", "loss_regression", "loss_fake_score"} <= set(found["metrics"])
+    assert found["batch"] == {
+        "z_ref": [1152, 64, 64, 4],
+        "y_ref": [1152, 64, 64, 4],
+        "tokens": [1152, 77],
+        "fresh_tokens": [1152, 77],
+    }

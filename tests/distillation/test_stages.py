@@ -1,0 +1,76 @@
+"""A run whose batch, weights and levels change on the way."""
+
+import jax
+import numpy as np
+import pytest
+from commands import ROOT, succeeds
+
+from dmd_jax.checkpoints import Checkpoints
+from dmd_jax.config import default_config, stages_of
+from dmd_jax.errors import UserError
+from dmd_jax.metrics import read_metrics
+from dmd_jax.weights import load_weights
+
+STAGED = ROOT / "tests" / "configs" / "staged.py"
+
+
+def values(config, *keys):
+    return [(until, *(stage[key] for key in keys)) for until, stage in stages_of(config)]
+
+
+def test_stages_end_where_they_say_and_the_rest_is_the_config():
+    config = default_config()
+    config.steps = 100
+    assert values(config, "batch_size") == [(100, 392)]
+    config.stages = (
+        {"until": 10, "batch_size": 8},
+        {"until": 30, "regression_weight": 1.0, "text.decoder": "vae"},
+    )
+    keys = ("batch_size", "regression_weight")
+    assert values(config, *keys) == [(10, 8, 0.25), (30, 392, 1.0), (100, 392, 0.25)]
+    assert [stage.text.decoder for _, stage in stages_of(config)] == ["taesd", "vae", "taesd"]
+    config.steps = 30
+    assert values(config, *keys) == [(10, 8, 0.25), (30, 392, 1.0)]
+    config.steps = 5
+    assert values(config, *keys) == [(5, 8, 0.25)]
+
+
+@pytest.mark.parametrize(
+    "stages, named",
+    [
+        (
+            ({"batch_size": 8},),
+            "config.stages[0] is {'batch_size': 8}; expected a dict whose until",
+        ),
+        (({"until": 4}, {"until": 4}), "config.stages[1] is {'until': 4}; expected a dict whose"),
+        ((7,), "config.stages[0] is 7; expected a dict whose until is more than 0 steps"),
+        (({"until": 4, "seed": 1},), "config.stages[0] sets seed; expected some of batch_size"),
+        (({"until": 4, "batch_size": "many"},), "config.stages[0]: TypeError"),
+    ],
+)
+def test_an_impossible_stage_is_named(stages, named):
+    config = default_config()
+    config.stages = stages
+    with pytest.raises(UserError) as caught:
+        stages_of(config)
+    assert str(caught.value).startswith(named)
+
+
+def test_a_run_in_stages_stopped_at_and_within_them_is_the_run_in_one_go(tiny, tmp_path):
+    arguments = ("--config", STAGED, *tiny[2:])
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    succeeds("train", *arguments, "--workdir", whole)
+    for steps in (3, 4, 6, 12):
+        succeeds("train", *arguments, "--workdir", stopped, f"--config.steps={steps}")
+    for found, expected in zip(
+        *(jax.tree.leaves(load_weights(w).params) for w in (stopped, whole))
+    ):
+        np.testing.assert_array_equal(found, expected)
+    # The second stage's position is its own: two batches of it were taken by step 6.
+    assert Checkpoints(stopped / "checkpoints", keep=3).steps[-1] == 12
+    lines = read_metrics(whole)
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    # Only the first stage weighs the regression by 2: the generator's loss tells.
+    for line, weight in zip(lines, (2.0, 0.25, 0.25)):
+        expected = line["loss_matching"] + weight * line["loss_regression"]
+        np.testing.assert_allclose(line["loss_generator"], expected, rtol=1e-5)

@@ -1,0 +1,194 @@
+"""Stable Diffusion's road with small random weights: configs/sd15_tiny.py, folder to samples."""
+
+import json
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import fails, finish, start, succeeds
+from PIL import Image
+
+from dmd_jax.config import load_config, shipped_config
+from dmd_jax.data.pairs import PairSource
+from dmd_jax.distillation import setting_of
+from dmd_jax.distillation.text import text_method
+from dmd_jax.experiment import fake_weight_of, teacher_of
+from dmd_jax.losses import snr_weight
+from dmd_jax.metrics import read_metrics
+from dmd_jax.models import build_denoiser
+from dmd_jax.schedules import NoiseLevel
+from dmd_jax.weights import load_weights
+
+PROMPTS = ("a red ball", "a green ball", "a cat on a mat", "A house by the sea, oil painting")
+
+
+@pytest.fixture(scope="module")
+def road(text_weights, lpips_file, tmp_path_factory):
+    """The road up to the pairs: what `train` takes, and the prompts' file."""
+    folder = tmp_path_factory.mktemp("road")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    succeeds("prompts", prompts, folder / "prompts")
+    arguments = [
+        *("--config", shipped_config("sd15_tiny")),
+        f"--config.teacher.weights={text_weights}",
+        f"--config.text.prompts={folder / 'prompts'}",
+        f"--config.lpips.weights={lpips_file}",
+    ]
+    succeeds("pairs", *arguments, "--workdir", folder / "pairs")
+    return [*arguments, f"--config.pairs.folder={folder / 'pairs'}"], prompts
+
+
+def parameters(workdir):
+    return jax.tree.leaves(load_weights(workdir / "weights").params)
+
+
+def test_ten_steps_killed_and_resumed_to_a_sampled_grid(road, tmp_path):
+    arguments, prompts = road
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start("train", *arguments, "--workdir", whole))
+    # With more steps to go it cannot end before it is killed.
+    process = start("train", *arguments, "--workdir", killed, "--config.steps=200")
+    deadline = time.monotonic() + 250
+    while not (killed / "checkpoints" / "5").is_dir():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    resumed = finish(start("train", "--workdir", killed, "--config.steps=10"))
+    assert "going on from step 5" in resumed or "going on from step 10" in resumed
+    for found, expected in zip(parameters(killed), parameters(whole)):
+        np.testing.assert_array_equal(found, expected)
+    lines = read_metrics(whole)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert all(line["dm_nonfinite"] == 0 and line["loss_regression"] > 0 for line in lines)
+    # Seven rows of ten pairs' 64x64 images with a border.
+    assert Image.open(whole / "pictures" / "preview-0000010.png").size == (662, 464)
+
+    grid = tmp_path / "samples.png"
+    succeeds("sample", "--weights", whole, "--prompts", prompts, "--out", grid)
+    assert Image.open(grid).size == (134, 134)
+
+
+@pytest.fixture(scope="module")
+def setting(road):
+    path, *overrides = road[0][1:]
+    config = load_config(str(path), [*overrides, "--config.distance=l2"])
+    return config, setting_of(config, teacher_of(config))
+
+
+def test_the_batches_hold_pairs_and_as_many_fresh_prompts_as_are_missing(setting):
+    config, found = setting
+    batch = next(found.data(config))
+    shapes = {name: leaf.shape for name, leaf in found.method.batch(config).items()}
+    assert {name: rows.shape for name, rows in batch.items()} == shapes
+    assert len(batch["fresh_tokens"]) == 4 and len(batch["tokens"]) == 4
+    config.match_reference = False
+    assert len(next(found.data(config))["fresh_tokens"]) == 8
+    config.match_reference = True
+
+
+def test_text_encoded_ahead_is_the_condition_of_the_step(setting):
+    config, in_step = setting
+    batch = next(in_step.data(config))
+    config.text.encode = "ahead"
+    denoiser = build_denoiser(config.network.to_dict())
+    ahead = text_method(config, denoiser)
+    config.text.encode = "in_step"
+    teacher = in_step.arguments.teacher
+    expected = in_step.method.condition(teacher, batch)
+    encoded = ahead.ahead(teacher["text_encoder"], batch)
+    assert encoded.keys() == {"z_ref", "y_ref", "context", "fresh_context"}
+    found = ahead.condition({}, encoded)
+    for ours, theirs in zip(found, expected):
+        assert ours.shape == (4, *denoiser.cond_shape)
+        np.testing.assert_array_equal(ours, theirs)
+    assert "text_encoder" not in ahead.arguments.teacher
+    assert "text_encoder" in in_step.method.arguments.teacher
+
+
+def test_only_the_teacher_is_guided(setting):
+    """Guidance 3 on the noise, by the empty prompt: written out on raw denoisers."""
+    config, found = setting
+    denoiser, schedule = build_denoiser(config.network.to_dict()), found.method.schedule
+    teacher, (fresh, _) = (
+        found.arguments.teacher,
+        found.method.condition(found.arguments.teacher, next(found.data(config))),
+    )
+    x_t = jax.random.normal(jax.random.key(0), (4, *denoiser.sample_shape))
+    level = schedule.level(jnp.array([20, 300, 700, 980]))
+    with_text = denoiser.denoise(teacher["network"], x_t, level, fresh)
+    uncond = jnp.broadcast_to(teacher["uncond"], fresh.shape)
+    without = denoiser.denoise(teacher["network"], x_t, level, uncond)
+    networks = found.method.networks
+    guided = networks.teacher(teacher, x_t, level, fresh)
+    expected = without + 3.0 * (with_text - without)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(guided, expected, rtol=0, atol=1e-5 * scale)
+    assert np.abs(guided - with_text).max() > 1e-3 * scale
+    plain = networks.fake_score(teacher["network"], x_t, level, fresh)
+    np.testing.assert_array_equal(plain, with_text)
+    # The generator is the network at t = 999 on z itself, without guidance.
+    last = NoiseLevel(*(jnp.full(4, values[-1]) for values in schedule_fields(schedule)))
+    expected = denoiser.denoise(teacher["network"], x_t, last, fresh)
+    np.testing.assert_array_equal(networks.generate(teacher["network"], x_t, fresh), expected)
+    assert float(last.time[0]) == 999
+
+
+def schedule_fields(schedule):
+    return schedule.alphas, schedule.sigmas, schedule.times
+
+
+def test_the_fake_score_learns_the_noise(setting):
+    assert fake_weight_of(setting[0]) is snr_weight
+
+
+@pytest.mark.parametrize(
+    "override, named",
+    [
+        ("guidance=7.5", "were made with guidance 3.0; expected 7.5"),
+        ("text.prompts=", "config.text.prompts is empty; expected the folder of `dmd-jax prompts`"),
+        ("text.encode=never", "config.text.encode is 'never'; expected one of in_step, ahead"),
+        ("text.decoder=none", "config.text.decoder is 'none'; expected one of"),
+        ("regression_batch_size=8", "config.batch_size is 8; expected more than"),
+        ("remat=some", "remat is 'some'; expected one of none, full, dots"),
+        ("network.cross_attention_dim=32", "another architecture than config.network"),
+    ],
+)
+def test_what_does_not_fit_is_refused(road, tmp_path, capsys, override, named):
+    arguments = [*road[0], f"--config.{override}"]
+    if "regression_batch_size" not in override:
+        # Eight devices take batches of eight.
+        arguments += ["--config.batch_size=16", "--config.regression_batch_size=8"]
+    assert named in fails(capsys, "train", *arguments, "--workdir", tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_pairs_of_another_text_encoder_are_refused(road, tmp_path, capsys):
+    arguments, _ = road
+    folder = arguments[-1].partition("=")[2]
+    shutil.copytree(folder, tmp_path / "pairs")
+    path = tmp_path / "pairs" / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"text_encoder_sha256": "0" * 64}))
+    line = fails(
+        capsys,
+        *("train", *arguments[:-1], f"--config.pairs.folder={tmp_path / 'pairs'}"),
+        *("--config.batch_size=16", "--config.regression_batch_size=8"),
+        *("--workdir", tmp_path / "run"),
+    )
+    assert "were made with text_encoder_sha256 000" in line
+    assert len(PairSource(folder, sample_shape=(8, 8, 4), num_classes=0, token_length=77)) == 16
+
+
+def test_a_teacher_is_not_trained_here(tmp_path, capsys):
+    line = fails(
+        capsys,
+        *("teacher", "--config", shipped_config("sd15_tiny"), "--workdir", tmp_path / "teacher"),
+        *("--config.images=digits", "--config.teacher.batch_size=8"),
+    )
+    assert "config.network is unet2d_condition; expected a network of EDM's" in line
