@@ -6,12 +6,10 @@ import argparse
 import functools
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmd_jax import loop, state
+from dmd_jax import loop
 from dmd_jax.arguments import add_run_arguments, run_config
 from dmd_jax.config import stages_of
 from dmd_jax.distillation import initial_state, optimizers_of, setting_of, train_step_of
@@ -24,9 +22,7 @@ from dmd_jax.experiment import (
     shardings_of,
     teacher_of,
 )
-from dmd_jax.objective import draw, generator_loss
-from dmd_jax.pictures import grid, signed, to_uint8, viewing_scale
-from dmd_jax.schedules import expand
+from dmd_jax.preview import preview
 from dmd_jax.sharding import (
     batch_sharding,
     check_batch_size,
@@ -36,10 +32,6 @@ from dmd_jax.sharding import (
 )
 from dmd_jax.train_step import EVERY_STEP, jit_step
 from dmd_jax.weights import Weights, save_weights
-
-PREVIEW_COUNT = 10
-# The rows of the preview, from the top.
-PREVIEW_ROWS = ("x", "x_t", "denoised_real", "denoised_fake", "gradient", "x_ref", "y_ref")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         mesh=mesh,
         sparse_every=config.generator_every,
         dense=EVERY_STEP,
-        draw_pictures=_preview(config, setting, teacher_params, perceptual_params, mesh),
+        draw_pictures=preview(config, setting, teacher_params, perceptual_params, mesh),
     )
     trained = final.generator.params if final.ema is None else final.ema
     params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(trained)
@@ -130,81 +122,3 @@ def _ahead(setting: Setting, mesh: Mesh):
         out_shardings=batch_sharding(mesh),
     )
     return functools.partial(jitted, place(params, shardings))
-
-
-def _preview(config: ConfigDict, setting: Setting, teacher_params, perceptual_params, mesh: Mesh):
-    """The images behind the loss, always of the same latents, levels and pairs."""
-    pairs, method = setting.pairs, setting.method
-    records = [pairs[index] for index in range(min(PREVIEW_COUNT, len(pairs)))]
-    batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
-    cond = setting.show_condition(batch)
-
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def images(generator_params, fake_score_params, teacher_params, perceptual_params, batch, cond):
-        key = state.role_key(state.key_data(config.seed), 0, state.Role.PREVIEW)
-        latents_key, draw_key = jax.random.split(key)
-        shape = batch["z_ref"].shape
-        draws = draw(
-            draw_key,
-            shape,
-            schedule=method.schedule,
-            min_index=config.min_index,
-            max_index=config.max_index,
-        )
-        _, aux = generator_loss(
-            generator_params,
-            draws,
-            {
-                "z": jax.random.normal(latents_key, shape),
-                "cond": cond,
-                "z_ref": batch["z_ref"],
-                "y_ref": batch["y_ref"],
-                "cond_ref": cond,
-            },
-            networks=method.networks,
-            teacher_params=teacher_params,
-            fake_score_params=fake_score_params,
-            **loss_options(config, method.schedule),
-        )
-        pictures = aux["pictures"]
-        if "x_t" in pictures:
-            # To the brightness of an image, whatever the noise's scale.
-            spread = jnp.hypot(draws.level.alpha, draws.level.sigma)
-            pictures["x_t"] = pictures["x_t"] / expand(spread, pictures["x_t"])
-        shown = {
-            name: method.show(perceptual_params, picture)
-            for name, picture in pictures.items()
-            if name in PREVIEW_ROWS and name != "gradient"
-        }
-        if "gradient" in pictures:
-            shown["gradient"] = _beside(pictures["gradient"], shown["x"])
-        return shown
-
-    def draw_pictures(train_state: state.TrainState) -> dict[str, np.ndarray]:
-        trained = train_state.generator.params if train_state.ema is None else train_state.ema
-        found = jax.device_get(
-            images(
-                trained,
-                train_state.fake_score.params,
-                teacher_params,
-                perceptual_params,
-                batch,
-                cond,
-            )
-        )
-        rows = [
-            signed(found[name]) if name == "gradient" else to_uint8(found[name])
-            for name in PREVIEW_ROWS
-            if name in found
-        ]
-        scale = viewing_scale(rows[0].shape[1])
-        return {"preview": grid(np.concatenate(rows), columns=len(records), scale=scale)}
-
-    return draw_pictures
-
-
-def _beside(gradient: jax.Array, images: jax.Array) -> jax.Array:
-    """A gradient on latents at the size and with the channels of their images."""
-    factor = images.shape[1] // gradient.shape[1]
-    gradient = jnp.repeat(jnp.repeat(gradient, factor, axis=1), factor, axis=2)
-    return gradient[..., : images.shape[-1]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from dmd_jax.distillation.setting import (
 )
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import check_same_network, distance_of, lpips_of, one_of
-from dmd_jax.models import Denoiser, abstract_params, guided
+from dmd_jax.models import Denoiser, abstract_params, complete, guided
 from dmd_jax.models.lpips import lpips_template
 from dmd_jax.objective import Networks
 from dmd_jax.text_parts import DECODERS, load_decoder, load_text_encoder, parts_folder
@@ -94,13 +95,17 @@ def text_setting(config: ConfigDict, teacher: Weights, denoiser: Denoiser) -> Se
       UserError: what the config names is not there or does not fit, or a value is impossible.
     """
     parts = parts_folder(config.teacher.weights)
-    encoder = _part(config, "text_encoder", load_text_encoder(parts), parts)
-    decoders = {
-        name: _part(config, name, load_decoder(parts, name), parts)
-        for name in decoder_names(config)
-    }
+    encoder = load_text_encoder(parts)
+    decoders = {name: load_decoder(parts, name) for name in decoder_names(config)}
+    config = _with_networks(config, decoders | {"text_encoder": encoder}, parts)
     method = text_method(config, denoiser)
     tokenizer = load_tokenizer(parts / "tokenizer")
+    vocabulary = complete(encoder.network)["vocab_size"]
+    if tokenizer.vocab_size > vocabulary:
+        raise UserError(
+            f"{parts / 'tokenizer'} has {tokenizer.vocab_size:,} tokens; expected at most the text "
+            f"encoder's {vocabulary:,}"
+        )
     pairs = open_pairs(
         config,
         teacher,
@@ -164,13 +169,17 @@ def decoder_names(config: ConfigDict) -> list[str]:
     return sorted({part.text.decoder for part in parts})
 
 
-def _part(config: ConfigDict, name: str, found: Weights, parts) -> Weights:
-    """A part of the teacher's folder, which is what the config says if it says anything."""
-    if config.text[name]:
-        check_same_network(found.network, config.text[name].to_dict(), f"{parts / name}")
-    else:
-        config.text[name] = found.network
-    return found
+def _with_networks(config: ConfigDict, found: Mapping[str, Weights], parts: Path) -> ConfigDict:
+    """The config with the networks of the teacher's folder where it leaves them open.
+
+    It is a copy: a run is gone on with by the config that it was given.
+    """
+    config = ConfigDict(config.to_dict())
+    for name, weights in found.items():
+        if config.text[name]:
+            check_same_network(weights.network, config.text[name].to_dict(), parts / name)
+        config.text[name] = weights.network
+    return config
 
 
 def _networks(denoiser: Denoiser, guidance: float) -> Networks:

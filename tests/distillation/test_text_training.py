@@ -60,7 +60,7 @@ def test_ten_steps_killed_and_resumed_to_a_sampled_grid(road, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    resumed = finish(start("train", "--workdir", killed, "--config.steps=10"))
+    resumed = finish(start("train", *arguments, "--workdir", killed))
     assert "going on from step 5" in resumed or "going on from step 10" in resumed
     for found, expected in zip(parameters(killed), parameters(whole)):
         np.testing.assert_array_equal(found, expected)
