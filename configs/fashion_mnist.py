@@ -10,9 +10,16 @@ data/fashion-mnist, or `--config.images=pad2:tfds:fashion_mnist:train`. pad2 bri
                    --evaluate "--features vgg16 --lpips weights/lpips.safetensors --repeat-grey"
 
 `ablate` makes the pairs, trains the full objective and the regression alone, and measures both, the
-teacher and the one-step teacher in VGG16 features. `configs/fashion_mnist.py:cpu` is the same with
-a network, steps and an LPIPS resolution for two CPU cores; its commands take that name in place of
-this one.
+teacher and the one-step teacher in VGG16 features.
+
+`configs/fashion_mnist.py:cpu` is the same with a network, steps and an LPIPS resolution for two CPU
+cores. With that name, `--num 640` and, in --evaluate, also `--vgg-resolution 64 --num-reference 2000
+--precision-recall 640`, seed 0 gave these Fréchet distances there, lower is better:
+
+    teacher, 18 Heun steps    11.19
+    teacher, one step         44.77
+    full objective            13.90
+    regression only           14.44
 
 Sized for one H100 in 20 minutes by counting operations (3.3 GFLOP for each evaluation of the
 network, 7.7 for VGG16 at 112 pixels), which is an estimate: no GPU has run it.
@@ -60,7 +67,10 @@ def get_config(size="gpu"):
     config.lpips.weights = "weights/lpips.safetensors"
     config.lpips.resolution = 112
     config.lpips.repeat_grey = True
-    config.regression_weight = 0.25
+    # At the paper's 0.25 a run this short is carried away by the matching loss before the regression
+    # holds it: on CPU at a learning rate of 5e-4 the distance after 150 steps was 47, worse than the
+    # one-step teacher's.
+    config.regression_weight = 4.0
     config.ema_decay = 0.99
     config.log_every = 50
     config.picture_every = 500
@@ -72,21 +82,19 @@ def get_config(size="gpu"):
         config.network.attn_resolutions = (8,)
         config.compute_dtype = "float32"
         config.teacher.weights = "runs/fashion_mnist_cpu/teacher"
-        config.teacher.steps = 1000
+        config.teacher.steps = 900
         config.teacher.batch_size = 64
         config.teacher.learning_rate = 2e-3
         config.teacher.ema_decay = 0.99
         config.pairs.count = 1000
         config.pairs.batch_size = 100
         config.pairs.shard_size = 100
-        config.steps = 200
+        config.steps = 400
         config.batch_size = 16
         config.regression_batch_size = 16
         config.learning_rate = 2e-4
         config.fake_score_learning_rate = 5e-4
         config.warmup_steps = 20
-        # At 0.25 and so few steps of so few images the matching loss carries the images away.
-        config.regression_weight = 4.0
         config.lpips.resolution = 32
         config.ema_decay = 0.97
         config.log_every = 10

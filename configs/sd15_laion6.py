@@ -7,7 +7,9 @@ The authors changed the run as it went: the regression's weight 0.1, 0.5, 1, 0.7
 batch from 32 and 16 to 16 and 4 for each of 72 GPUs, TAESD and later the full VAE as the decoder,
 and at the end matching levels up to 500 in place of 980. `config.stages` has these changes in their
 order; the steps at which they happen are this file's own, to be set by Table 5 for a run that
-claims its figure. The pairs began as 2.5 million; 12 million are 1.6 TB.
+claims its figure. The pairs began as 2.5 million; 12 million are 1.6 TB. The full VAE needs about
+6 GB for the backward pass of one image, so its stages want config.accumulation such that a device
+has one or two images of the regression at a time.
 """
 
 from dmd_jax.config import load_config, shipped_config
@@ -19,7 +21,6 @@ def get_config():
     config.guidance = 8.0
     config.pairs.folder = "runs/sd15_laion6/pairs"
     config.pairs.count = 12_000_000
-    config.pairs.shard_size = 16_384
 
     large = {"batch_size": 2304, "regression_batch_size": 1152, "max_index": 980}
     small = {"batch_size": 1152, "regression_batch_size": 288, "max_index": 980}

@@ -14,8 +14,9 @@ The paper's result: FID 11.49 on 30,000 prompts of COCO after 20,000 iterations 
 has run this file at its full size.
 
 The 2,304 samples of the matching loss are 1,152 of fresh prompts and the 1,152 of the pairs, which
-Algorithm 1 concatenates for Stable Diffusion: 32 and 16 for each of the paper's GPUs. A pair is
-131,380 bytes, so 500,000 are 66 GB.
+Algorithm 1 concatenates for Stable Diffusion: 32 and 16 for each of the paper's GPUs. On fewer
+devices `--config.accumulation=N` makes a step of N parts, and `--config.pairs.batch_size` is what
+fits. A pair is 131,380 bytes, so 500,000 are 66 GB.
 """
 
 from dmd_jax.config import default_config
@@ -59,7 +60,7 @@ def get_config():
     config.pairs.sampler = "pndm"
     config.pairs.num_steps = 50
     config.pairs.batch_size = 256
-    config.pairs.shard_size = 4096
+    config.pairs.shard_size = 2048
 
     config.steps = 20_000
     config.batch_size = 2304
@@ -70,7 +71,7 @@ def get_config():
     config.regression_weight = 0.25
     config.text.decoder = "taesd"
     config.lpips.weights = "weights/lpips.safetensors"
-    config.lpips.resolution = 0
+    config.lpips.resolution = 0  # 224 is what smaller images are enlarged to
     config.picture_every = 500
     config.checkpoint_every = 500
     return config

@@ -164,7 +164,7 @@ def make_images(args: argparse.Namespace) -> tuple[ImageMaker, Weights]:
     Defaults that depend on the kind of weights are filled in in `args`.
 
     Raises:
-      UserError: an argument that is impossible, or that is for images of text.
+      UserError: an argument that is impossible, or that is for images of text or another sampler.
     """
     refuse(args, TEXT_OPTIONS, f"{args.weights} are no text-to-image weights")
     _fill_in(args, steps=18, batch_size=256)
@@ -193,7 +193,8 @@ def make_latents(
       latent_shape: of one example, where something else than --height and --width decides it.
 
     Raises:
-      UserError: an argument that is impossible, or that is for images of no text.
+      UserError: an argument that is impossible, or that is for images of no text or another
+        sampler.
     """
     refuse(args, SAMPLER_OPTIONS, f"{args.weights} are text-to-image weights")
     guidance = 1.0 if args.sampler == "one-step" else 7.5
@@ -219,6 +220,8 @@ def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
 
 
 def _fill_in(args: argparse.Namespace, **defaults: Any) -> None:
+    if args.sampler == "one-step":
+        refuse(args, ["steps"], "the sampler is one-step")
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -275,7 +275,17 @@ def _read_saved(path: Path, command: str) -> ConfigDict:
         raise UserError(
             f"{path.parent} is the workdir of `dmd-jax {written_by}`; expected one of {command}"
         )
-    return ConfigDict(saved)
+    return ConfigDict(_completed(saved, default_config().to_dict()))
+
+
+def _completed(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the default of every key that it does not have."""
+    return defaults | {
+        key: _completed(value, defaults[key])
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+        else value
+        for key, value in saved.items()
+    }
 
 
 def _parse(define, *arguments: str) -> ConfigDict:

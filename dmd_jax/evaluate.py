@@ -32,7 +32,7 @@ from dmd_jax.errors import UserError
 from dmd_jax.evaluate_text import CAPTION_OPTIONS, add_caption_arguments, captioned
 from dmd_jax.evaluation.coco import NUM_CAPTIONS
 from dmd_jax.evaluation.collect import LabelledSamples, Subject, reference_rows, sample_rows
-from dmd_jax.evaluation.features import Features, feature_extractor
+from dmd_jax.evaluation.features import Features, check_fit, feature_extractor
 from dmd_jax.evaluation.measures import measure
 from dmd_jax.evaluation.parts import Rows, claim, release
 from dmd_jax.evaluation.reference import Reference, open_reference, save_reference
@@ -141,7 +141,7 @@ def open_judges(
         for name in _names(args)
     ]
     for one in features:
-        one.dimensions(sample_shape)  # refuses images that do not fit before any is made
+        check_fit(one, sample_shape)  # before any image is made
     return features, open_reference(args.reference, sample_shape, features, args.num_reference)
 
 

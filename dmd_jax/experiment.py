@@ -79,8 +79,12 @@ def teacher_of(config: ConfigDict) -> Weights:
     return weights
 
 
-def check_same_network(found: dict[str, Any], expected: dict[str, Any], where: Any) -> None:
+def check_same_network(
+    found: dict[str, Any], expected: dict[str, Any], where: Any, *, key: str = "network"
+) -> None:
     """Raises a UserError that names the options in which two networks compute otherwise.
+
+    `expected` is that of the config's `key`.
 
     Those of the teacher's own training are none of them: dropout and augmentation are off here.
     """
@@ -93,7 +97,7 @@ def check_same_network(found: dict[str, Any], expected: dict[str, Any], where: A
     ]
     if different:
         raise UserError(
-            f"{where} is of another architecture than config.network: {'; '.join(different)}"
+            f"{where} is of another architecture than config.{key}: {'; '.join(different)}"
         )
 
 

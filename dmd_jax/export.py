@@ -20,7 +20,7 @@ from dmd_jax.convert.diffusers_config import KINDS
 from dmd_jax.convert.meter import Meter
 from dmd_jax.convert.part_weights import DIFFUSERS
 from dmd_jax.convert.torch_layout import to_torch, torch_key, torch_shape
-from dmd_jax.convert.whole_folder import check_free, whole_folder
+from dmd_jax.convert.whole_folder import check_free, resolved, whole_folder
 from dmd_jax.errors import UserError
 from dmd_jax.files import write_json
 from dmd_jax.models import complete
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    out = args.out.resolve()
+    out = resolved(args.out)
     check_free(out)
     weights = load_weights(args.checkpoint)
     network = complete(weights.network)
@@ -118,7 +118,7 @@ def scheduler_config(network: dict[str, Any]) -> dict[str, Any]:
         "trained_betas": None,
         "clip_sample": False,
         "set_alpha_to_one": True,
-        "steps_offset": 0,
+        "steps_offset": 1,  # without bearing on these timesteps; the pipeline warns of any other
         "prediction_type": network["prediction_type"],
         "thresholding": False,
         "timestep_spacing": "trailing",

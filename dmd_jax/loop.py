@@ -53,8 +53,8 @@ def run(
       config: its cadences are used here, and it is saved in the workdir.
       identity: JSON-able facts of the teacher and the data, which a resumed run must share.
       abstract: the state as ShapeDtypeStructs with shardings.
-      stages: at least one, in the order of their ends. Each begins its batches anew; the position
-        in them is in the checkpoints.
+      stages: at least one, in the order of their ends. The position in a stage's batches is in
+        the checkpoints.
       draw_pictures: state -> {name: uint8 [H, W, C]}.
       sparse_every: only each n-th step, the first among them, has metrics besides those of `dense`.
 
@@ -92,7 +92,7 @@ def run(
     writer = MetricsWriter(workdir, step=step, enabled=first)
     number = _stage_at(step, stages)
     batches = stages[number].batches()
-    if position["stage"] == number and position["batches"] is not None:
+    if position.get("stage", 0) == number and position["batches"] is not None:
         batches.set_state(position["batches"])
     progress = _progress(name, stages, number, step, enabled=first)
     pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -126,18 +126,19 @@ def run(
                     pending.clear()
                     progress.update(step, _note(values))
                     writer.scalars(step, values | {"images_per_second": progress.rate})
+                if step % config.checkpoint_every == 0 or step == total_steps:
+                    # Before the pictures, which may not fit on the disk or in memory.
+                    save()
+                if step == total_steps:
+                    checkpoints.wait()
                 if step % config.picture_every == 0 or step == total_steps:
                     _check_finite(pending, checkpoints)
                     for picture, image in draw_pictures(state).items():
                         writer.picture(step, picture, image)
-                if step % config.checkpoint_every == 0 and step < total_steps:
-                    save()
                 if signal_number := requested(step):
                     save()
                     checkpoints.wait()
                     raise Stopped(step, signal_number, workdir)
-            save()
-            checkpoints.wait()
     finally:
         writer.close()
         if sys.exc_info()[0] is None:

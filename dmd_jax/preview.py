@@ -20,7 +20,8 @@ from dmd_jax.schedules import expand
 from dmd_jax.sharding import replicated
 from dmd_jax.state import Role, TrainState, key_data, role_key
 
-COUNT = 10
+# Columns: for images up to 64 pixels, and for larger ones.
+COUNT, LARGE_COUNT = 10, 4
 # From the top.
 ROWS = ("x", "x_t", "denoised_real", "denoised_fake", "gradient", "x_ref", "y_ref")
 
@@ -34,11 +35,14 @@ def preview(
       teacher_params, perceptual_params: the step's arguments, on the mesh.
 
     Returns:
-      state -> {"preview": uint8 [H, W, C]}, rows ROWS of COUNT columns; of the average where the
-      state has one.
+      state -> {"preview": uint8 [H, W, C]}, of the average where the state has one; nothing
+      on processes but the first.
     """
     pairs, method = setting.pairs, setting.method
-    records = [pairs[index] for index in range(min(COUNT, len(pairs)))]
+    latents = jax.ShapeDtypeStruct((1, *method.sample_shape), jnp.float32)
+    size = jax.eval_shape(method.show, perceptual_params, latents).shape[1]
+    count = COUNT if size <= 64 else LARGE_COUNT
+    records = [pairs[index] for index in range(min(count, len(pairs)))]
     rows = {name: np.stack([record[name] for record in records]) for name in records[0]}
     cond = setting.show_condition(rows)
     batch = {
@@ -92,15 +96,10 @@ def preview(
 
     def draw_pictures(state: TrainState) -> dict[str, np.ndarray]:
         trained = state.generator.params if state.ema is None else state.ema
-        found = jax.device_get(
-            images(
-                trained,
-                state.fake_score.params,
-                teacher_params,
-                perceptual_params,
-                batch,
-            )
-        )
+        found = images(trained, state.fake_score.params, teacher_params, perceptual_params, batch)
+        if jax.process_index():
+            return {}
+        found = jax.device_get(found)
         shown = [
             signed(found[name]) if name == "gradient" else to_uint8(found[name])
             for name in ROWS

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dmd_jax.convert.given_folder import GivenFolder
+from dmd_jax.convert.given_folder import GivenFolder, answered
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import write_json
 
@@ -28,6 +28,7 @@ _SETTINGS = (
     *("model_max_length", "padding_side", "truncation_side", "split_special_tokens"),
     *("add_prefix_space", "add_bos_token", "add_eos_token", "added_tokens_decoder"),
 )
+_CONFIG = "tokenizer_config.json"
 # Of the keys of each JSON file, those that are passed on; None: all of them. A folder has
 # tokenizer.json, as transformers 5 saves it and which counts where both are there, or the older
 # vocab.json and merges.txt.
@@ -36,9 +37,10 @@ _PASSED_ON = {
     "vocab.json": None,
     "added_tokens.json": None,
     "special_tokens_map.json": (*_SPECIAL_TOKENS, *_MORE_TOKENS),
-    "tokenizer_config.json": (*_SPECIAL_TOKENS, *_MORE_TOKENS, *_SETTINGS),
+    _CONFIG: (*_SPECIAL_TOKENS, *_MORE_TOKENS, *_SETTINGS),
 }
 _CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast")
+_CLIP_LENGTH = 77
 _MAX_LENGTH = 1 << 16
 
 
@@ -96,21 +98,14 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     Needs the package transformers (the extra [text]), not PyTorch.
 
     Raises:
-      UserError: transformers is not installed; no vocab.json with merges.txt, and no
-        tokenizer.json; a file that is damaged, no regular file, or a link out of the folder;
-        another tokenizer than CLIP's; no length; a special token that has no number.
+      UserError: as read_files; transformers is not installed, or cannot read the files; a special
+        token that has no number.
     """
     path = Path(folder)
-    if not path.is_dir():
+    if not answered(path.is_dir):
         raise UserError(f"{path}: no such folder, expected a pipeline's tokenizer folder")
     given = GivenFolder(path, path.name)
-    if not given.has("tokenizer.json") and not (
-        given.has("vocab.json") and given.has("merges.txt")
-    ):
-        raise UserError(f"{path}: expected vocab.json and merges.txt in it, or tokenizer.json")
-    values = {name: given.json(name) for name in _PASSED_ON if given.has(name)}
-    known = _known_tokens(path, values)
-    _check_config(path / "tokenizer_config.json", values.get("tokenizer_config.json", {}))
+    values, known = read_files(given)
     with _without_warnings(), tempfile.TemporaryDirectory() as folder_of_copies:
         copies = Path(folder_of_copies)
         for name, value in values.items():
@@ -123,6 +118,27 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
         if (token := getattr(clip, name)) not in known:
             raise UserError(f"{path}: the {name} {token!r} has no number in the vocabulary")
     return Tokenizer(clip)
+
+
+def read_files(folder: GivenFolder) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """The JSON of a tokenizer's files by their names, and the tokens that they number.
+
+    A model_max_length that is not given is CLIP's, 77. Does not need transformers.
+
+    Raises:
+      UserError: no vocab.json with merges.txt, and no tokenizer.json; a file that is damaged, no
+        regular file, or a link out of the folder; another tokenizer than CLIP's; an impossible
+        length; no tokens.
+    """
+    path = folder.path
+    if not folder.has("tokenizer.json") and not (
+        folder.has("vocab.json") and folder.has("merges.txt")
+    ):
+        raise UserError(f"{path}: expected vocab.json and merges.txt in it, or tokenizer.json")
+    values = {name: folder.json(name) for name in _PASSED_ON if folder.has(name)}
+    values[_CONFIG] = {"model_max_length": _CLIP_LENGTH} | values.get(_CONFIG, {})
+    _check_config(path / _CONFIG, values[_CONFIG])
+    return values, _known_tokens(path, values)
 
 
 def _checked(prompts: Sequence[str]) -> list[str]:
@@ -148,12 +164,14 @@ def _known_tokens(folder: Path, values: dict[str, dict]) -> set[str]:
         if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
             raise UserError(f"{folder / name}: added_tokens is no list of JSON objects")
         known |= {token["content"] for token in added if isinstance(token.get("content"), str)}
+    if not vocab:
+        raise UserError(f"{folder / name}: holds no tokens, expected CLIP's")
     for where, numbers in ((name, vocab), ("added_tokens.json", values.get("added_tokens.json"))):
         for token, number in (numbers or {}).items():
             if type(number) is not int or not 0 <= number < 2**31:
                 raise UserError(
-                    f"{folder / where}: {token!r} has the number {number!r}, expected a whole one "
-                    "of at least 0"
+                    f"{folder / where}: {token!r:.100} has the number {number!r:.100}, expected a "
+                    "whole one of at least 0"
                 )
             known.add(token)
     return known
@@ -162,11 +180,12 @@ def _known_tokens(folder: Path, values: dict[str, dict]) -> set[str]:
 def _check_config(path: Path, config: dict[str, Any]) -> None:
     name = config.get("tokenizer_class")
     if name not in _CLASSES:
-        raise UserError(f"{path}: tokenizer_class is {name!r}, expected 'CLIPTokenizer'")
+        raise UserError(f"{path}: tokenizer_class is {name!r:.100}, expected 'CLIPTokenizer'")
     length = config.get("model_max_length")
     if type(length) is not int or not 2 <= length <= _MAX_LENGTH:
         raise UserError(
-            f"{path}: model_max_length is {length!r}, expected the tokens of a prompt, 77 for CLIP"
+            f"{path}: model_max_length is {length!r:.100}, expected the tokens of a prompt, "
+            f"{_CLIP_LENGTH} for CLIP"
         )
 
 

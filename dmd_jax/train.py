@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> None:
     config = run_config(args, "train")
     mesh = mesh_of(config)
     parts = stages_of(config)
-    for _, part in parts:
-        _check_batches(part, mesh)
+    for number, (_, part) in enumerate(parts):
+        where = f"config.stages[{number}]" if number < len(config.stages) else "config"
+        _check_batches(part, mesh, where)
     teacher = teacher_of(config)
     setting = setting_of(config, teacher)
     method = setting.method
@@ -59,7 +60,10 @@ def run(args: argparse.Namespace) -> None:
     shardings = shardings_of(abstract)
     encode_ahead = _ahead(setting, mesh)
 
-    def stage(until: int, part: ConfigDict) -> loop.Stage:
+    def stage(number: int) -> loop.Stage:
+        until, part = parts[number]
+        ends = [0, *(end for end, _ in parts)]
+        earlier = [(end - ends[i], one) for i, (end, one) in enumerate(parts[:number])]
         step = jit_step(
             train_step_of(part, method, optimizers, mesh),
             mesh,
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
             advance=lambda train_state, batch: step(
                 train_state, teacher_params, perceptual_params, encode_ahead(batch)
             ),
-            batches=functools.partial(setting.data, part),
+            batches=functools.partial(setting.data, part, earlier),
             images_per_step=part.batch_size,
         )
 
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         identity=setting.identity,
         abstract=abstract,
         initialize=functools.partial(jax.jit(initialize, out_shardings=shardings), teacher_params),
-        stages=[stage(*part) for part in parts],
+        stages=[stage(number) for number in range(len(parts))],
         mesh=mesh,
         sparse_every=config.generator_every,
         dense=EVERY_STEP,
@@ -97,14 +101,14 @@ def run(args: argparse.Namespace) -> None:
         save_weights(args.workdir / "weights", weights)
 
 
-def _check_batches(config: ConfigDict, mesh: Mesh) -> None:
+def _check_batches(config: ConfigDict, mesh: Mesh, where: str) -> None:
     for name in ("batch_size", "regression_batch_size"):
         check_batch_size(
-            config[name], mesh, accumulation=config.accumulation, name=f"config.{name}"
+            config[name], mesh, accumulation=config.accumulation, name=f"{where}.{name}"
         )
     if config.match_reference and config.batch_size <= config.regression_batch_size:
         raise UserError(
-            f"config.batch_size is {config.batch_size}; expected more than "
+            f"{where}.batch_size is {config.batch_size}; expected more than "
             f"regression_batch_size={config.regression_batch_size}, whose latents are among it "
             "with config.match_reference"
         )

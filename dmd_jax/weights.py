@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dmd_jax.checkpoints import check_same_architecture, restore_subtree
+from dmd_jax.convert.given_folder import answered
 from dmd_jax.errors import UserError
 from dmd_jax.files import write_json
 from dmd_jax.models import Denoiser, abstract_params, build_denoiser
@@ -90,10 +91,7 @@ def load_weights(folder: Path) -> Weights:
       UserError: the folder is neither, cannot be read, or does not fit its own config.
     """
     folder = Path(folder)
-    weights = _load_workdir(folder) if _is_workdir(folder) else _load_folder(folder)
-    expected = abstract_params(weights.network)
-    check_same_architecture(weights.params, expected, folder)
-    return weights
+    return _load_workdir(folder) if _is_workdir(folder) else _load_folder(folder)
 
 
 def network_of(folder: Path) -> dict[str, Any]:
@@ -128,11 +126,11 @@ def _add_leaf(digest: hashlib._Hash, name: str, leaf: Any) -> None:
 
 
 def _is_workdir(folder: Path) -> bool:
-    if not folder.is_dir():
+    if not answered(folder.is_dir):
         raise UserError(f"weights {folder}: no such folder; expected a weights folder or a workdir")
-    if (folder / "model.safetensors").exists():
+    if answered((folder / "model.safetensors").exists):
         return False
-    if not (folder / "checkpoints").is_dir():
+    if not answered((folder / "checkpoints").is_dir):
         raise UserError(
             f"weights {folder}: expected model.safetensors and config.json, or a run's checkpoints/"
         )
@@ -142,7 +140,7 @@ def _is_workdir(folder: Path) -> bool:
 def _network(config: Any, folder: Path) -> dict[str, Any]:
     network = config.get("network") if isinstance(config, dict) else None
     if not isinstance(network, dict):
-        raise UserError(f"{folder / 'config.json'}: network is {network!r}; expected options")
+        raise UserError(f"{folder / 'config.json'}: network is {network!r:.100}; expected options")
     return network
 
 
@@ -152,15 +150,19 @@ def _load_folder(folder: Path) -> Weights:
         flat = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
-    params = flax.traverse_util.unflatten_dict(flat, sep="/")
     recorded = config.get("params_sha256")
-    if recorded is not None and recorded != params_sha256(params):
+    if recorded is not None and recorded != params_sha256(flat):
         raise UserError(
             f"{folder / 'model.safetensors'} is damaged: its SHA-256 is not config.json's "
-            f"params_sha256 {recorded}"
+            f"params_sha256 {recorded!r:.100}"
         )
+    network = _network(config, folder)
+    expected = flax.traverse_util.flatten_dict(abstract_params(network), sep="/")
+    # Before they become a tree, which not all names can: no leaf "a" has "a/b" in it.
+    check_same_architecture(flat, expected, folder)
+    params = flax.traverse_util.unflatten_dict(flat, sep="/")
     description = config.get("description", str(folder))
-    return Weights(_network(config, folder), params, description, config.get("source"))
+    return Weights(network, params, description, config.get("source"))
 
 
 def _load_workdir(folder: Path) -> Weights:
@@ -169,13 +171,15 @@ def _load_workdir(folder: Path) -> Weights:
     if found is None:
         raise UserError(f"{folder / 'checkpoints'} holds no whole checkpoint; expected one")
     step, name, params = found
-    return Weights(_network(config, folder), params, f"{folder} at step {step}, {name}")
+    network = _network(config, folder)
+    check_same_architecture(params, abstract_params(network), folder)
+    return Weights(network, params, f"{folder} at step {step}, {name}")
 
 
 def _read_json(path: Path, *, needs: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or needs not in content:
         raise UserError(f"{path} holds no {needs!r}; expected a config of weights or of a run")

@@ -92,10 +92,10 @@ def test_sample_makes_the_generators_images(trained, tmp_path):
 
 def test_sample_writes_a_grid_and_repeats_by_seed(trained, tmp_path):
     common = ("sample", "--weights", trained, "--num", "6", "--seed", "4")
-    for sampler in ("one-step", "heun", "euler"):
+    for sampler, steps in (("one-step", ()), ("heun", ("--steps", 2)), ("euler", ("--steps", 2))):
         out = [tmp_path / f"{sampler}-{i}.npy" for i in range(2)]
         for path in out:
-            succeeds(*common, "--sampler", sampler, "--steps", "2", "--out", path)
+            succeeds(*common, "--sampler", sampler, *steps, "--out", path)
         np.testing.assert_array_equal(*map(np.load, out))
     succeeds(*common, "--sampler", "heun", "--steps", "2", "--s-churn", "1", "--out", out[0])
     succeeds(*common, "--sampler", "heun", "--steps", "2", "--out", out[1])

@@ -27,6 +27,9 @@ import numpy as np
 def halves(images):
     return images.reshape(len(images), 2, -1).mean(axis=2)
 
+def many(images):
+    return np.zeros((len(images), 20_001))
+
 def undefined(images):
     return np.full((len(images), 2), np.nan)
 """
@@ -311,6 +314,7 @@ def test_bfloat16_makes_nearly_the_same_images(trained, tmp_path):
         (("--features", "inception"), "need --inception FILE"),
         (("--features", "vgg16"), "need --lpips FILE"),
         (("--dtype", "float16"), "--dtype"),
+        (("--steps", 4), "--steps is given, but the sampler is one-step; expected none"),
         (("--reference", "no_such_folder"), "no_such_folder: no such file or folder"),
         (("--processes", 2), "--processes and --process need --coordinator"),
     ],
@@ -336,6 +340,18 @@ def test_references_that_do_not_fit_are_refused(trained, tmp_path, capsys):
     line = fails(capsys, *evaluate(trained, out, "--reference", path))
     assert "(8, 8, 3); expected (8, 8, 1)" in line
     assert [path.name for path in tmp_path.iterdir()] == ["r.npz"]
+
+
+def test_features_of_too_many_dimensions_are_refused_before_anything_is_made(
+    trained, plug, tmp_path, capsys
+):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    features = ("--features", "my_features:many")
+    line = fails(capsys, *evaluate(trained, folder / "results.json", *features))
+    assert 'features "my_features:many" of images (8, 8, 1) have 20,001 dimensions; ' in line
+    assert "expected at most 20,000, as --features inception and vgg16 have" in line
+    assert not list(folder.iterdir())
 
 
 def test_features_that_are_not_finite_are_refused(trained, plug, tmp_path, capsys):

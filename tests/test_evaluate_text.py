@@ -40,6 +40,9 @@ def made(tmp_path_factory):
     (folder / "captions.json").write_text(json.dumps({"annotations": annotations[::-1]}))
     real = np.random.default_rng(0).integers(0, 256, (30, RESIZE, RESIZE, 3), np.uint8)
     np.savez(folder / "real.npz", images=real)
+    (folder / "coco32").mkdir()
+    for index in range(2):
+        Image.new("RGB", (32, 32)).save(folder / "coco32" / f"{index}.png")
     (folder / "features_of_halves.py").write_text(PLUG)
     sys.path.insert(0, str(folder))
     yield folder
@@ -101,7 +104,7 @@ def test_figures_are_those_of_the_captions_images(made, whole, tmp_path):
     features = results["features"]["features_of_halves:halves"]
     np.testing.assert_allclose(features["frechet_distance"], expected, rtol=1e-4)
     clip = ClipScore(made / "clip")
-    expected = score(clip.cosines(pixels, clip.tokens(texts)))
+    expected = score(clip.cosines(pixels, clip.features_of_texts(clip.tokens(texts))))
     for key, value in expected.items():
         np.testing.assert_allclose(results["clip"][key], value, atol=1e-5)
     assert results["clip"]["origin"]["file"] == "clip_model"
@@ -210,6 +213,8 @@ def test_latency_is_of_one_image_on_one_device(made, tmp_path, monkeypatch, caps
         (("--width", 32), "images of 64x32; expected squares, as references are"),
         (("--height", 60), "--height 60; expected a multiple of 8"),
         (("--guidance", -1, "--sampler", "ddim"), "guidance"),
+        (("--steps", 4), "--steps is given, but the sampler is one-step; expected none"),
+        (("--reference", "coco32"), f"images of 32x32, expected resolution {RESIZE}"),
         (("--guidance", 2), "guidance 2 with the sampler one-step; expected 1"),
         (("--sampler", "heun"), "unknown sampler 'heun' of text"),
         (("--s-churn", 1), "--s-churn is given, but"),

@@ -59,6 +59,7 @@ def test_names_layouts_and_configs(weights, tmp_path, capsys):
     assert (scheduler["timestep_spacing"], scheduler["prediction_type"]) == ("trailing", "epsilon")
     assert (scheduler["set_alpha_to_one"], scheduler["clip_sample"]) == (True, False)
     assert (scheduler["beta_start"], scheduler["beta_end"]) == (0.00085, 0.012)
+    assert scheduler["steps_offset"] == 1  # or StableDiffusionPipeline warns
     assert {path.name for path in tmp_path.iterdir()} == {"out", "weights"}
     line = fails(capsys, "export", "diffusers", weights, out)
     assert f"{out} exists and holds something else; expected a new or empty folder" in line

@@ -93,6 +93,26 @@ def test_another_architecture_is_refused(folder):
         load_weights(path)
 
 
+def test_names_that_make_no_tree_are_refused(tmp_path):
+    leaf = np.zeros(2, np.float32)
+    save_leaves(tmp_path, Weights(NETWORK, {"a": leaf, "a/b": leaf}, "a test's"), lambda _: leaf)
+    with pytest.raises(UserError, match="another architecture.* is missing"):
+        load_weights(tmp_path)
+
+
+def test_configs_and_paths_that_cannot_be_read(folder):
+    path, _ = folder
+    (path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="config.json cannot be read: maximum recursion"):
+        load_weights(path)
+    (path / "config.json").write_text(json.dumps({"network": ["x"] * 999}))
+    with pytest.raises(UserError, match="expected options") as caught:
+        load_weights(path)
+    assert len(str(caught.value)) < len(str(path)) + 200
+    with pytest.raises(UserError, match="File name too long.*expected a path that can be read"):
+        load_weights(path / ("x" * 300))
+
+
 def test_the_digits_teacher_ships_whole():
     folder = packaged("digits_teacher")
     config = json.loads((folder / "config.json").read_text())

@@ -28,7 +28,7 @@ from dmd_jax.convert.part_weights import (
 )
 from dmd_jax.convert.strict import check_names_and_shapes
 from dmd_jax.convert.torch_layout import torch_key, torch_shape
-from dmd_jax.convert.whole_folder import converted, whole_folder
+from dmd_jax.convert.whole_folder import converted, resolved, whole_folder
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation.clip_folder import CLIP_FILE, TEXT, TOKENIZER, Preparation
 from dmd_jax.files import write_json
@@ -71,8 +71,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{folder.path}: {_SCALE} is {scale}; expected a finite number")
 
     sha256 = files_sha256([*towers["vision"].files, preprocessor, *tokenizer])
-    out = args.out.resolve()
-    if converted(out, sha256, [TEXT]) is not None:
+    out = resolved(args.out)
+    made_besides = [CLIP_FILE, *(f"{TOKENIZER}/{path.name}" for path in tokenizer)]
+    if converted(out, sha256, [TEXT], made_besides) is not None:
         print(f"convert: {args.out} holds {folder.name} already")
         return
     source = {"file": folder.name, "sha256": sha256}

@@ -20,9 +20,10 @@ from dmd_jax.convert.meter import Meter
 from dmd_jax.convert.part import read_part
 from dmd_jax.convert.part_weights import DIFFUSERS, TRANSFORMERS, has_weights, weight_patterns
 from dmd_jax.convert.safe_pickle import shown
-from dmd_jax.convert.whole_folder import converted, whole_folder
+from dmd_jax.convert.whole_folder import converted, resolved, whole_folder
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import file_sha256, write_json
+from dmd_jax.tokenizer import read_files
 from dmd_jax.weights import Weights, save_leaves
 
 _INDEX, _CONFIG = "model_index.json", "config.json"
@@ -43,6 +44,7 @@ TOKENIZER_FILES = (
     "vocab.json",
 )
 _SCHEDULER = "scheduler/scheduler_config.json"
+_SAMPLING = "scheduler.json"
 # Of a pipeline's other parts, those that have no bearing on its images.
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 
@@ -87,9 +89,10 @@ def run(args: argparse.Namespace) -> None:
 
     digests = {part: files_sha256(read.files) for part, read in parts.items()}
     sha256 = hashlib.sha256(" ".join([*digests.values(), files_sha256(files)]).encode()).hexdigest()
-    out = args.out.resolve()
+    out = resolved(args.out)
     others = [part for part in parts if part != "unet"]
-    if converted(out, sha256, others) is not None:
+    made_besides = [_SAMPLING, *(f"tokenizer/{path.name}" for path in tokenizer)]
+    if converted(out, sha256, others, made_besides) is not None:
         print(f"convert: {args.out} holds {folder.name} already")
         return
     meter = Meter(sum(read.count for read in parts.values()))
@@ -106,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
         (made / "tokenizer").mkdir()
         for path in tokenizer:
             shutil.copyfile(path, made / "tokenizer" / path.name)
-        write_json(made / "scheduler.json", scheduler)
+        write_json(made / _SAMPLING, scheduler)
     count = parts["unet"].count
     print(f"convert: unet2d_condition, {count:,} parameters, and {', '.join(others)} in {args.out}")
 
@@ -139,12 +142,8 @@ def _read_index(folder: GivenFolder) -> dict[str, str]:
 
 
 def tokenizer_files(folder: GivenFolder) -> list[Path]:
-    """The files of a tokenizer. Raises a UserError if one that it needs is missing."""
-    needed = ("vocab.json", "merges.txt")
-    if not folder.has("tokenizer.json") and not all(map(folder.has, needed)):
-        raise UserError(
-            f"{folder.path} lacks {' or '.join(needed)}; expected both, or tokenizer.json"
-        )
+    """The files of a tokenizer. Raises a UserError as tokenizer.read_files does."""
+    read_files(folder)
     return [folder.file(name) for name in TOKENIZER_FILES if folder.has(name)]
 
 

@@ -7,13 +7,14 @@ table below, with the values at which it changes nothing that we compute; or it 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from dmd_jax.convert.safe_pickle import shown
+from dmd_jax.discrete_samplers import SPACINGS
 from dmd_jax.errors import UserError
 from dmd_jax.models import build_network, complete
-from dmd_jax.models.denoisers import PREDICTION_TYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Kind:
       neutral: keys that we have no option for, and the values of theirs that are as we compute.
       ignored: keys that change nothing in inference, whatever their value.
       options: of our network, which are no keys but follow from the class.
+      null_is_default: keys that are our options, and whose null means their default.
     """
 
     name: str
     neutral: Mapping[str, Any]
     ignored: tuple[str, ...] = ()
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    null_is_default: tuple[str, ...] = ()
 
 
 _CLIP_TEXT = Kind(
@@ -90,6 +93,8 @@ KINDS = {
         },
         # Both belong to an addition_embed_type.
         ("addition_embed_type_num_heads", "addition_time_embed_dim"),
+        # As diffusers' own converter of checkpoints writes it.
+        null_is_default=("upcast_attention",),
     ),
     "AutoencoderKL": Kind(
         "autoencoder_kl",
@@ -125,19 +130,22 @@ _MOST = {
     "beta_schedule": "linear",
     "prediction_type": "epsilon",
     "timestep_spacing": "linspace",
-    "steps_offset": 0,
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
 }
+_SCALED_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULERS = {
     "PNDMScheduler": {"timestep_spacing": "leading", "skip_prk_steps": False},
-    "DDIMScheduler": {"timestep_spacing": "leading", "set_alpha_to_one": True, "clip_sample": True},
-    "DDPMScheduler": {"timestep_spacing": "leading", "clip_sample": True},
+    "DDIMScheduler": {"timestep_spacing": "leading", "set_alpha_to_one": True},
+    "DDPMScheduler": {"timestep_spacing": "leading"},
     "DEISMultistepScheduler": {},
     "DPMSolverMultistepScheduler": {},
     "DPMSolverSinglestepScheduler": {},
     "EulerAncestralDiscreteScheduler": {},
     "EulerDiscreteScheduler": {},
+    "HeunDiscreteScheduler": _SCALED_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _SCALED_BETAS,
+    "KDPM2DiscreteScheduler": _SCALED_BETAS,
     "LMSDiscreteScheduler": {},
     "UniPCMultistepScheduler": {},
 }
@@ -147,15 +155,17 @@ _SCHEDULE_NEUTRAL = {
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
     "skip_prk_steps": True,  # the Runge-Kutta steps that Stable Diffusion leaves out
-    "clip_sample": False,
     "thresholding": False,
     "timestep_type": "discrete",
     "use_dynamic_shifting": False,
     "use_flow_sigmas": False,
 }
-# How a sampler steps, which is the sampler's own matter here.
+# How a sampler steps, which is the sampler's own matter here. StableDiffusionPipeline itself sets
+# clip_sample to false and steps_offset to 1, whatever the file says.
+_STEPS_OFFSET = 1
 _SCHEDULE_IGNORED = (
     "algorithm_type",
+    "clip_sample",
     "clip_sample_range",
     "disable_corrector",
     "dynamic_thresholding_ratio",
@@ -173,6 +183,7 @@ _SCHEDULE_IGNORED = (
     "solver_order",
     "solver_p",
     "solver_type",
+    "steps_offset",
     "time_shift_type",
     "use_beta_sigmas",
     "use_exponential_sigmas",
@@ -181,8 +192,7 @@ _SCHEDULE_IGNORED = (
     "variance_type",
 )
 _OF_NETWORK = ("prediction_type", "beta_start", "beta_end", "num_train_timesteps")
-_OF_SAMPLER = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps")
-_SPACINGS = ("leading", "trailing", "linspace")
+_OF_SAMPLER = ("timestep_spacing", "set_alpha_to_one", "skip_prk_steps")
 
 
 def network_from_config(
@@ -205,15 +215,17 @@ def network_from_config(
         if key.startswith("_") or key in kind.ignored:
             continue
         if key in known:
-            options[key] = value
+            if value is not None or key not in kind.null_is_default:
+                options[key] = value
         else:
             check_neutral(key, value, kind.neutral, where)
-    try:
-        network = complete({"name": kind.name} | options | added)
-        build_network(network)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    return network
+    if kind.name == "unet2d_condition" and _is_old(config.get("_diffusers_version")):
+        # These versions wrote 32 whatever the network had been trained with, and for anything
+        # below 64 StableDiffusionPipeline takes 64.
+        size = options.get("sample_size")
+        if type(size) is int and size < 64:
+            options["sample_size"] = 64
+    return _checked_network({"name": kind.name} | options | added, where)
 
 
 def schedule_from_config(
@@ -240,14 +252,31 @@ def schedule_from_config(
         if key in _SCHEDULE_NEUTRAL or key not in (*_OF_NETWORK, *_OF_SAMPLER, *_SCHEDULE_IGNORED):
             check_neutral(key, value, _SCHEDULE_NEUTRAL, where)
     for key, expected, fits in (
-        ("prediction_type", f"one of {', '.join(PREDICTION_TYPES)}", PREDICTION_TYPES.__contains__),
-        ("timestep_spacing", f"one of {', '.join(_SPACINGS)}", _SPACINGS.__contains__),
-        ("steps_offset", "0 to 999", lambda value: type(value) is int and 0 <= value <= 999),
+        ("timestep_spacing", f"one of {', '.join(SPACINGS)}", SPACINGS.__contains__),
         ("set_alpha_to_one", "true or false", lambda value: isinstance(value, bool)),
     ):
         if not fits(config[key]):
             raise UserError(f"{where}: {key} is {_quoted(config[key])}; expected {expected}")
-    return {k: config[k] for k in _OF_NETWORK}, {k: config[k] for k in _OF_SAMPLER}
+    of_network = {key: config[key] for key in _OF_NETWORK}
+    _checked_network({"name": "unet2d_condition"} | of_network, where)
+    of_sampler = {key: config[key] for key in _OF_SAMPLER}
+    return of_network, of_sampler | {"steps_offset": _STEPS_OFFSET}
+
+
+def _checked_network(network: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The mapping, complete, once it is known that the network can be built."""
+    try:
+        network = complete(network)
+        build_network(network)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return network
+
+
+def _is_old(version: Any) -> bool:
+    """Whether a _diffusers_version is one before 0.9."""
+    found = re.match(r"(\d{1,9})\.(\d{1,9})", version) if isinstance(version, str) else None
+    return found is not None and (int(found[1]), int(found[2])) < (0, 9)
 
 
 def check_neutral(key: str, value: Any, neutral: Mapping[str, Any], where: str) -> None:

@@ -16,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 
 from dmd_jax.config import load_config
 from dmd_jax.convert.edm_pickle import CLASS, read_edm_pickle
+from dmd_jax.convert.given_folder import answered
 from dmd_jax.convert.meter import Meter
 from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.convert.strict import check_floating, check_names_and_shapes
 from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.convert.torch_layout import from_torch, torch_key, torch_shape
-from dmd_jax.convert.whole_folder import converted, whole_folder
+from dmd_jax.convert.whole_folder import converted, resolved, whole_folder
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import file_sha256
 from dmd_jax.models import abstract_params, build_denoiser, complete
@@ -51,13 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not args.source.is_file():
+    if not answered(args.source.is_file):
         raise UserError(f"{args.source}: no such file; expected a checkpoint of EDM's")
     try:
         sha256 = file_sha256(args.source)
     except OSError as error:
         raise UserError(f"{args.source} cannot be read: {first_line(error)}") from error
-    out = args.out.resolve()
+    out = resolved(args.out)
     present = converted(out, sha256)
     if args.source.suffix == ".pkl":
         kwargs, state_dict = read_edm_pickle(args.source)

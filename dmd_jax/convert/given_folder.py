@@ -15,6 +15,18 @@ _LARGEST_JSON = 64 * 1024 * 1024  # bytes; a tokenizer's vocabulary has one
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
+def answered(test: Callable[[], bool]) -> bool:
+    """What `path.exists`, `path.is_dir` or `path.is_file` answers.
+
+    Raises:
+      UserError: nothing, for the name is too long, or a folder on the way may not be read.
+    """
+    try:
+        return test()
+    except OSError as error:
+        raise UserError(f"{first_line(error)}; expected a path that can be read") from error
+
+
 class GivenFolder:
     """The files of a folder by their relative names.
 
@@ -34,7 +46,7 @@ class GivenFolder:
 
     def has(self, name: str) -> bool:
         """Whether there is something of this name."""
-        return (self.path / name).exists()
+        return answered((self.path / name).exists)
 
     def file(self, name: str) -> Path:
         """The path of a file.
@@ -54,7 +66,8 @@ class GivenFolder:
             raise UserError(f"{self.path}: {shown(name)} leads out of the folder; expected a file")
         if not is_file:
             raise UserError(
-                f"{self.path} has no file {shown(name)}; expected that of a diffusers folder"
+                f"{self.path} has no file {shown(name)}; expected one, as diffusers and "
+                "transformers write it"
             )
         return path
 
@@ -94,11 +107,11 @@ def find_folder(
       UserError: neither a folder nor a hub id, or neither the hub nor the cache has it.
     """
     path = Path(source)
-    if path.is_dir():
+    if answered(path.is_dir):
         if revision is not None:
             raise UserError(f"--revision {revision}: {source} is a folder; expected a hub id")
         return GivenFolder(path, path.resolve().name)
-    if path.exists() or not _HUB_ID.fullmatch(source):
+    if answered(path.exists) or not _HUB_ID.fullmatch(source):
         raise UserError(f"{source}: no such folder; expected one, or a hub id (owner/name)")
     folder = _download(source, revision, patterns)
     needed = more(folder)

@@ -1,4 +1,4 @@
-"""The arrays of one part of a diffusers folder: safetensors, in one file or in shards."""
+"""The arrays of a model of diffusers or transformers: safetensors, in one file or in shards."""
 
 from __future__ import annotations
 
@@ -41,14 +41,10 @@ def find_weights(folder: GivenFolder, stem: str) -> list[Path]:
             return [folder.file(single)]
         if folder.has(index):
             return _shards(folder, index)
-    expected = f"expected {_names(stem, '')[0]}, or shards with their index"
-    pickles = sorted(path.name for path in folder.path.glob("*.bin"))
-    if pickles:
-        raise UserError(
-            f"{folder.path} holds {shown(pickles[0])}, a pickle, which can run any code, and no "
-            f"safetensors; {expected}"
-        )
-    raise UserError(f"{folder.path} holds no weights; {expected}")
+    raise UserError(
+        f"{folder.path} holds no safetensors (pickles such as .bin, which can run any code, are "
+        f"not read); expected {_names(stem, '')[0]}, or shards with their index"
+    )
 
 
 def _names(stem: str, variant: str) -> tuple[str, str]:

@@ -10,31 +10,70 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.models import complete
 
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
-def converted(out: Path, sha256: str, parts: Sequence[str] = ()) -> dict[str, Any] | None:
+
+def resolved(out: Path) -> Path:
+    """The path of the folder to make, links followed. Raises a UserError if they lead nowhere."""
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{out} cannot be written: {first_line(error)}") from error
+
+
+def converted(
+    out: Path, sha256: str, parts: Sequence[str] = (), files: Sequence[str] = ()
+) -> dict[str, Any] | None:
     """The complete network of the weights folder `out`, where it holds this very source.
 
     Args:
-      sha256: of the source. parts: folders in `out` that are weights folders too.
+      sha256: of the source. parts: folders in `out` that are weights folders too. files: what else
+        is in `out`.
 
     Returns:
       None where the folder is new or empty.
 
     Raises:
-      UserError: it has another content.
+      UserError: it has another content, or a file is missing or damaged.
     """
     try:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        whole = all((out / part / "model.safetensors").is_file() for part in ("", *parts))
-        if config["source"]["sha256"] == sha256 and whole:
-            return complete(config["network"])
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        pass
-    check_free(out)
-    return None
+        config = json.loads((out / _CONFIG).read_text(encoding="utf-8"))
+        found = config["source"]["sha256"]
+        network = complete(config["network"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
+        found = None
+    if found != sha256:
+        check_free(out)
+        return None
+    of_parts = [f"{part}/{file}" for part in parts for file in (_CONFIG, _WEIGHTS)]
+    for name in (_WEIGHTS, *of_parts, *files):
+        _check_readable(out, name)
+    return network
+
+
+def _check_readable(out: Path, name: str) -> None:
+    """Raises a UserError unless the file of this name can be read.
+
+    Of weights that is the header, which also says how long the file has to be.
+    """
+    path = out / name
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="numpy"):
+                return
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            json.loads(content)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(
+            f"{out} holds part of this source, but {name} cannot be read ({first_line(error)}); "
+            "expected a new or empty folder"
+        ) from error
 
 
 def check_free(out: Path) -> None:

@@ -22,12 +22,13 @@ def batches(
     batch_size: int,
     seed: int,
     shuffle: bool = True,
+    start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
     """An endless iterator of batches, each a dict of NumPy arrays stacked along a first axis.
 
-    The global batch k is a function of the source, batch_size, seed and k alone: the epochs
+    The global batch k is a function of the source, batch_size, seed, start and k alone: the epochs
     follow each other without a gap (a batch may span several), each visits every record once,
     and each is shuffled differently. Process p of P gets the rows [p * b, (p + 1) * b) of it,
     with b = batch_size / P, and reads only those records.
@@ -40,6 +41,7 @@ def batches(
         several threads, such as `open_images` and `PairSource` give.
       batch_size: examples in the global batch.
       seed: any whole number of at least 0.
+      start: examples that were taken before, perhaps in batches of another size.
 
     Raises UserError for an empty source, a negative seed, and a batch_size that the processes
     cannot share equally. Errors of the source come out of next().
@@ -54,7 +56,7 @@ def batches(
     if len(source) == 0:
         raise UserError("the data set is empty, expected at least one example")
     share = batch_size // process_count
-    local = _LocalBatches(source, batch_size, process_index * share, share, seed, shuffle)
+    local = _LocalBatches(source, batch_size, start + process_index * share, share, seed, shuffle)
     return iter(grain.MapDataset.source(local).to_iter_dataset(_READ_OPTIONS))
 
 

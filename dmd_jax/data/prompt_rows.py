@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.errors import UserError, first_line
 
 KEYS = ("caption", "text", "prompt")
@@ -55,7 +56,12 @@ class PromptRows:
     """
 
     def __init__(self, source: str | os.PathLike, *, key: str | None = None):
-        self.files = _find_files(str(source))
+        try:
+            self.files = _find_files(str(source))
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            raise UserError(
+                f"{first_line(error)}; expected a file or folder that can be read"
+            ) from error
         self.key = key  # once it is known
         self._asked = key
         self._read = {
@@ -134,7 +140,7 @@ class PromptRows:
                 else:
                     raise _Problem("no .json" if self._asked else "no .txt and no .json")
             except _Problem as problem:
-                yield BrokenRow(f"{path} sample {sample}", str(problem))
+                yield BrokenRow(f"{path} sample {shown(sample)}", str(problem))
 
     def _from_json(self, text: bytes) -> bytes:
         try:
@@ -225,8 +231,12 @@ def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """
     # Not as a stream: images between the texts are skipped by seeking, which reads none of them.
     with tarfile.open(path, "r:") as tar:
-        present, members = None, {}
+        present, members, end = None, {}, 0
         while (member := tar.next()) is not None:
+            # A header may claim a negative size, after which the same members would come again.
+            if member.size < 0 or tar.offset <= end:
+                raise UserError(f"{path}: truncated or damaged, a member of {member.size:,} bytes")
+            end = tar.offset
             tar.members = []  # or they would all be held
             folder, slash, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -80,8 +82,6 @@ def label_setting(config: ConfigDict, teacher: Weights, denoiser: Denoiser) -> S
         arguments=Arguments(teacher.params, lpips_params, None),
         pairs=pairs,
         show_condition=lambda rows: rows["label"] if method.num_classes else None,
-        data=lambda stage: own_batches(
-            pairs, batch_size=stage.regression_batch_size, seed=stage.seed
-        ),
+        data=functools.partial(own_batches, pairs, lambda stage: stage.regression_batch_size),
         identity=identity_of(pairs, lpips_params),
     )

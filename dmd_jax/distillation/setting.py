@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dmd_jax.data.loader import batches
 from dmd_jax.data.pairs import PairSource
+from dmd_jax.data.pairs_metadata import TextPairsMetadata
 from dmd_jax.errors import UserError
 from dmd_jax.objective import Networks
 from dmd_jax.schedules import NoiseSchedule
@@ -18,6 +19,8 @@ from dmd_jax.types import Params
 from dmd_jax.weights import Weights, params_sha256
 
 Distance = Callable[[Any, jax.Array, jax.Array], jax.Array]
+# The stages before one: how many steps each had, and its config.
+Earlier = Sequence[tuple[int, ConfigDict]]
 
 
 class Arguments(NamedTuple):
@@ -55,8 +58,8 @@ class Setting(NamedTuple):
     arguments: Arguments  # host arrays
     pairs: PairSource
     show_condition: Callable[[Batch], Any]  # that of pairs, for pictures
-    # A stage's config -> this process's endless batches.
-    data: Callable[[ConfigDict], Iterator[Batch]]
+    # A stage's config and the stages before it -> this process's endless batches.
+    data: Callable[[ConfigDict, Earlier], Iterator[Batch]]
     identity: dict[str, Any]  # what a resumed run must share
 
 
@@ -80,12 +83,19 @@ def open_pairs(config: ConfigDict, teacher: Weights, **expected: Any) -> PairSou
     return pairs
 
 
-def own_batches(source, *, batch_size: int, seed: int) -> Iterator[Batch]:
-    """This process's rows of endless batches."""
+def own_batches(
+    source, size: Callable[[ConfigDict], int], config: ConfigDict, earlier: Earlier
+) -> Iterator[Batch]:
+    """This process's rows of endless batches, from where the stages before have come to.
+
+    Args:
+      size: a stage's config -> the rows of its global batch.
+    """
     return batches(
         source,
-        batch_size=batch_size,
-        seed=seed,
+        batch_size=size(config),
+        seed=config.seed,
+        start=sum(steps * size(stage) for steps, stage in earlier),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -98,7 +108,10 @@ def identity_of(pairs: PairSource, lpips_params: Params | None) -> dict[str, Any
         "pairs_seed": pairs.metadata.seed,
         "pairs": len(pairs),
         "pairs_steps": pairs.metadata.num_steps,
+        "pairs_sampler": pairs.metadata.sampler,
     }
+    if isinstance(pairs.metadata, TextPairsMetadata):
+        identity["pairs_prompts_sha256"] = pairs.metadata.prompts_sha256
     if lpips_params is not None:
         identity["lpips_sha256"] = params_sha256(lpips_params)
     return identity

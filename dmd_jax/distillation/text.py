@@ -19,6 +19,7 @@ from dmd_jax.data.prompts import PromptSource, TokenSource
 from dmd_jax.distillation.setting import (
     Arguments,
     Distance,
+    Earlier,
     Method,
     Setting,
     identity_of,
@@ -128,7 +129,7 @@ def text_setting(config: ConfigDict, teacher: Weights, denoiser: Denoiser) -> Se
             )
     if not config.text.prompts:
         raise UserError("config.text.prompts is empty; expected the folder of `dmd-jax prompts`")
-    prompts = TokenSource(PromptSource(config.text.prompts), tokenizer)
+    prompts = PromptSource(config.text.prompts)
     encode = jax.jit(text_encoder(encoder.network, dtype=config.compute_dtype))
     teacher_params = {
         "network": teacher.params,
@@ -140,7 +141,7 @@ def text_setting(config: ConfigDict, teacher: Weights, denoiser: Denoiser) -> Se
     if "lpips" in method.arguments.perceptual:
         perceptual["lpips"] = lpips_of(config)
     identity = identity_of(pairs, perceptual.get("lpips")) | {
-        "prompts": len(prompts),
+        "prompts_sha256": prompts.metadata.prompts_sha256,
         "text_encoder_sha256": encoder_sha256,
     }
     for name, one in decoders.items():
@@ -152,7 +153,7 @@ def text_setting(config: ConfigDict, teacher: Weights, denoiser: Denoiser) -> Se
         ),
         pairs=pairs,
         show_condition=lambda rows: jax.device_get(encode(encoder.params, rows["tokens"])),
-        data=functools.partial(_data, pairs, prompts),
+        data=functools.partial(_data, pairs, TokenSource(prompts, tokenizer)),
         identity=identity,
     )
 
@@ -177,7 +178,8 @@ def _with_networks(config: ConfigDict, found: Mapping[str, Weights], parts: Path
     config = ConfigDict(config.to_dict())
     for name, weights in found.items():
         if config.text[name]:
-            check_same_network(weights.network, config.text[name].to_dict(), parts / name)
+            expected = config.text[name].to_dict()
+            check_same_network(weights.network, expected, parts, key=f"text.{name}")
         config.text[name] = weights.network
     return config
 
@@ -226,10 +228,12 @@ def _batch(denoiser: Denoiser, config: ConfigDict) -> Batch:
     }
 
 
-def _data(pairs: PairSource, prompts: TokenSource, config: ConfigDict) -> Iterator[Batch]:
+def _data(
+    pairs: PairSource, prompts: TokenSource, config: ConfigDict, earlier: Earlier
+) -> Iterator[Batch]:
     return together(
-        own_batches(pairs, batch_size=config.regression_batch_size, seed=config.seed),
-        fresh=own_batches(prompts, batch_size=_fresh(config), seed=config.seed),
+        own_batches(pairs, lambda stage: stage.regression_batch_size, config, earlier),
+        fresh=own_batches(prompts, _fresh, config, earlier),
     )
 
 

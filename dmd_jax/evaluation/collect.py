@@ -34,7 +34,7 @@ class Samples(Protocol):
     kept: tuple[str, ...]
 
     def warm_up(self) -> None:
-        """Compiles what makes images."""
+        """Compiles what makes images, and prepares what scores them; before any is made."""
 
     def inputs(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """What the images start..stop-1 are made of, each array [stop - start, …]."""

@@ -23,6 +23,7 @@ from dmd_jax.pictures import to_uint8
 from dmd_jax.sharding import batch_sharding, make_mesh, place, replicated
 
 BATCH_PER_DEVICE = 64
+MAX_DIMENSIONS = 20_000  # a covariance in float64 then has 3.2 GB
 
 
 class Features(NamedTuple):
@@ -83,6 +84,16 @@ def feature_extractor(
             '"package.module:function"'
         )
     return _users_own(name, module_name, function_name)
+
+
+def check_fit(features: Features, shape: tuple[int, ...]) -> None:
+    """Raises a UserError if images (H, W, C) do not fit, or are too many numbers as features."""
+    dimensions = features.dimensions(shape)
+    if dimensions > MAX_DIMENSIONS:
+        raise UserError(
+            f'features "{features.name}" of images {shape} have {dimensions:,} dimensions; '
+            f"expected at most {MAX_DIMENSIONS:,}, as --features inception and vgg16 have"
+        )
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:

@@ -7,6 +7,11 @@ import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 
+# Above this many logits for each head, queries attend in parts of CHUNK: Stable Diffusion's 64x64
+# latents have 16.8 million, which are 512 MB of float32 for one example's eight heads.
+MOST_LOGITS = 1 << 21
+CHUNK = 512
+
 
 def attend(
     q: jax.Array,
@@ -18,7 +23,9 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention, softmax(q k^T / sqrt(K)) v (arXiv 1706.03762, Eq. 1).
 
-    Which implementation runs is decided here and nowhere else; it is XLA's on every device.
+    Which implementation runs is decided here and nowhere else; it is XLA's on every device, on all
+    queries at once or, where that takes much memory, on a part of them after the other. The
+    backward pass then computes a part's logits again.
 
     Args:
       q: [B, L, H, K], H heads of K channels. k, v: [B, S, H, K], of q's dtype.
@@ -45,7 +52,23 @@ def attend(
                 f"attention mask is {mask.dtype} of shape {mask.shape}; expected bool, "
                 f"broadcastable to {shape}"
             )
+    length = q.shape[1]
+    if mask is None and not causal and length * k.shape[1] > MOST_LOGITS and length % CHUNK == 0:
+        return _in_parts(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+
+
+def _in_parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    batch, length, heads, channels = q.shape
+    parts = q.reshape(batch, length // CHUNK, CHUNK, heads, channels)
+
+    @jax.checkpoint
+    def one(part: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(part, k, v, implementation="xla")
+
+    # The batch stays where it is on its devices; only the parts' axis is moved.
+    found = jax.lax.map(one, jnp.moveaxis(parts, 1, 0))
+    return jnp.moveaxis(found, 0, 1).reshape(q.shape)
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -1,7 +1,9 @@
-"""The parts of EDM's networks: embeddings, filtered resampling, and the U-Net's residual block.
+"""The parts that networks share: embeddings, convolutions and norms; and those of EDM's alone:
+filtered resampling and the U-Net's residual block.
 
-Facts and constants are those of the networks released with arXiv 2206.00364. Parameters are
-float32 always; `dtype` is what the convolutions compute in, norms and softmax are float32.
+Facts and constants are those of EDM's networks, released with arXiv 2206.00364; Stable Diffusion's
+give their own as arguments. Parameters are float32 always; `dtype` is what the convolutions
+compute in, norms and softmax are float32.
 """
 
 from __future__ import annotations
@@ -132,7 +134,8 @@ class GroupNorm(nn.Module):
         if not groups or channels % groups:
             raise UserError(
                 f"{self.name}: {channels} channels do not divide into {groups} groups; expected "
-                "a multiple of 4 up to 128, of 32 above (see model_channels and channel_mult)"
+                "channels that do: without norm_num_groups a multiple of 4 up to 128, of 32 above "
+                "(see model_channels and channel_mult)"
             )
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))

@@ -128,7 +128,7 @@ def complete(network: Mapping[str, Any]) -> dict[str, Any]:
     options = dict(network)
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in _NETWORKS:
-        raise UserError(f"network name is {name!r}; expected one of {', '.join(_NETWORKS)}")
+        raise UserError(f"network name is {name!r:.100}; expected one of {', '.join(_NETWORKS)}")
     module, around = _NETWORKS[name]
     fields = {f.name: f for f in dataclasses.fields(module) if f.init and f.name not in _INTERNAL}
     defaults = {k: f.default for k, f in fields.items() if f.default is not dataclasses.MISSING}
@@ -161,7 +161,7 @@ def _check_around(name: str, values: Mapping[str, Any]) -> None:
             least, most = _LIMITS[key]
             expected = "" if least <= value <= most else f"{least} to {most}"
         if expected:
-            raise UserError(f"network {name} option {key} is {value!r}; expected {expected}")
+            raise UserError(f"network {name} option {key} is {value!r:.100}; expected {expected}")
     if values.get("beta_start", 0) > values.get("beta_end", 0):
         raise UserError(
             f"network {name} option beta_start is {values['beta_start']}; expected at most "
@@ -175,7 +175,7 @@ def _check_options(
     unknown = [key for key in options if key not in types]
     if unknown:
         raise UserError(
-            f"network {name} has no option {', '.join(map(repr, unknown))}; "
+            f"network {name} has no option {', '.join(map(repr, unknown)):.100}; "
             f"expected some of {', '.join(types)}"
         )
     missing = [key for key in required if key not in options]
@@ -186,7 +186,7 @@ def _check_options(
         )
     for key, value in options.items():
         if not _is_of(value, types[key]):
-            raise UserError(f"network {name} option {key} is {value!r}; expected {types[key]}")
+            raise UserError(f"network {name} option {key} is {value!r:.100}; expected {types[key]}")
 
 
 def _is_of(value: Any, annotation: str) -> bool:
@@ -195,8 +195,10 @@ def _is_of(value: Any, annotation: str) -> bool:
         return any(_is_of(value, part) for part in annotation.split(" | "))
     plain = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
     if annotation in plain:
+        if isinstance(value, bool):  # which is a number to Python
+            return annotation == "bool"
         return isinstance(value, plain[annotation])
     if annotation in ("Sequence[int]", "Sequence[float]", "Sequence[str]"):
-        inner = plain[annotation[len("Sequence[") : -1]]
-        return isinstance(value, (list, tuple)) and all(isinstance(each, inner) for each in value)
+        inner = annotation[len("Sequence[") : -1]
+        return isinstance(value, (list, tuple)) and all(_is_of(each, inner) for each in value)
     return True

@@ -1,4 +1,7 @@
-"""What EDM's two U-Nets have in common beyond their layers: levels, sizes and refusals."""
+"""What networks have in common beyond their layers.
+
+Of all of them, that impossible sizes are refused; of EDM's two U-Nets, also levels and options.
+"""
 
 from __future__ import annotations
 

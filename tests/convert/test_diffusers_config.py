@@ -9,7 +9,12 @@ from diffusers_folder import (
     edit,
 )
 
-from dmd_jax.convert.diffusers_config import KINDS, network_from_config, schedule_from_config
+from dmd_jax.convert.diffusers_config import (
+    KINDS,
+    SCHEDULERS,
+    network_from_config,
+    schedule_from_config,
+)
 from dmd_jax.models import abstract_params
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -93,6 +98,44 @@ def test_the_published_configs_of_version_2_1():
     assert sampler["timestep_spacing"] == "leading" and not sampler["set_alpha_to_one"]
 
 
+def test_what_diffusers_itself_reads_otherwise_than_it_is_written():
+    def unet(**changes):
+        return network_from_config(SD21["unet"] | changes, KINDS["UNet2DConditionModel"], "unet")
+
+    # Its converter of checkpoints writes null.
+    assert unet(upcast_attention=None)["upcast_attention"] is False
+    # Its first versions wrote 32 for networks of 64.
+    sizes = {("0.6.0", 32): 64, ("0.8.1", 96): 96, ("0.9.0.dev0", 32): 32, ("0.10.2", 32): 32}
+    for (version, size), expected in sizes.items():
+        found = unet(_diffusers_version=version, sample_size=size)
+        assert found["sample_size"] == expected
+    assert unet(sample_size=32)["sample_size"] == 32
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of what the pipeline changes
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_defaults_of_schedulers_are_those_of_diffusers_in_its_pipeline(name):
+    """Of each class, with the one key that none has by default."""
+    import diffusers
+
+    given = {"beta_schedule": "scaled_linear", "skip_prk_steps": True}
+    options, sampler = schedule_from_config({"_class_name": name} | given, name)
+    scheduler = getattr(diffusers, name)(beta_schedule="scaled_linear")
+    empty = dict.fromkeys(
+        ("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor")
+    )
+    pipeline = diffusers.StableDiffusionPipeline(
+        **empty, scheduler=scheduler, requires_safety_checker=False
+    )
+    theirs = pipeline.scheduler.config
+    assert not theirs.get("clip_sample", False)
+    del sampler["skip_prk_steps"]  # Stable Diffusion's, where PNDMScheduler's own is another
+    for key, value in (options | sampler).items():
+        # Those that have no such key begin and end at the same levels whatever ours says.
+        assert theirs.get(key, value) == value, key
+
+
 @pytest.mark.parametrize(
     "file, changes, message",
     [
@@ -112,6 +155,9 @@ def test_the_published_configs_of_version_2_1():
         (UNET, {"magic": [1]}, "magic is a list; no network of ours knows this option"),
         (UNET, {"prediction_type": "sample"}, "prediction_type is 'sample'; no network of ours"),
         (UNET, {"layers_per_block": "two"}, "option layers_per_block is 'two'; expected int"),
+        (UNET, {"layers_per_block": True}, "option layers_per_block is True; expected int"),
+        (UNET, {"layers_per_block": "x" * 999}, f"is '{'x' * 99}; expected int"),
+        (UNET, {"upcast_attention": "no"}, "option upcast_attention is 'no'; expected bool"),
         (UNET, {"layers_per_block": 10**9}, "layers_per_block is 1000000000; expected 1 to"),
         (UNET, {"cross_attention_dim": 24}, "misshapen: down_blocks.0.attentions.0.transformer_b"),
         (VAE, {"use_quant_conv": False}, "use_quant_conv is false; expected true"),
@@ -129,12 +175,10 @@ def test_the_published_configs_of_version_2_1():
         (SCHEDULER, {"trained_betas": [0.1]}, "trained_betas is a list; expected null"),
         (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is true; expected f"),
         (SCHEDULER, {"_class_name": "FlowMatchScheduler"}, "_class_name is 'FlowMatchScheduler'"),
-        (SCHEDULER, {"_class_name": "DDIMScheduler"}, "clip_sample is true; expected false"),
         (SCHEDULER, {"skip_prk_steps": None}, "skip_prk_steps is false; expected true"),
         (SCHEDULER, {"snr_shift_scale": 3}, "snr_shift_scale is 3; no network of ours"),
         (SCHEDULER, {"prediction_type": "flow"}, "prediction_type is 'flow'; expected one of ep"),
         (SCHEDULER, {"timestep_spacing": "log"}, "timestep_spacing is 'log'; expected one of le"),
-        (SCHEDULER, {"steps_offset": -1}, "steps_offset is -1; expected 0 to 999"),
         (SCHEDULER, {"set_alpha_to_one": 1}, "set_alpha_to_one is 1; expected true or false"),
         (SCHEDULER, {"beta_end": "a"}, "option beta_end is 'a'; expected float"),
         (SCHEDULER, {"beta_end": 1e-9}, "option beta_end is 1e-09; expected"),
@@ -143,5 +187,5 @@ def test_the_published_configs_of_version_2_1():
 def test_configs_that_are_refused(sd, capsys, file, changes, message):
     edit(sd / file, **changes)
     line = fails(capsys, "convert", "diffusers", sd, sd.parent / "out")
-    assert message in line and str((sd / file).parent if "missing" in message else sd) in line
+    assert message in line and str(sd / file) in line
     assert [path.name for path in sd.parent.iterdir()] == ["sd"]

@@ -84,9 +84,9 @@ def test_files_that_are_refused(sd, capsys, tmp_path):
         weights.write_bytes(content[:end])
         assert f"{weights} cannot be read" in line()
     weights.unlink()
-    assert f"{sd / 'unet'} holds no weights; expected {NAME}.safetensors, or shards" in line()
     (sd / "unet" / f"{NAME}.bin").write_bytes(b"\x80\x02.")
-    assert f"{NAME}.bin, a pickle, which can run any code, and no safetensors; expected" in line()
+    message = f"{sd / 'unet'} holds no safetensors (pickles such as .bin, which can run any code, "
+    assert f"{message}are not read); expected {NAME}.safetensors, or shards with" in line()
 
     outside = tmp_path / "outside.safetensors"
     outside.write_bytes(content)
@@ -122,13 +122,26 @@ def test_files_that_are_refused(sd, capsys, tmp_path):
     (sd / "unet/config.json").unlink()
     (sd / "unet/config.json").write_bytes(config)
 
+    edit(sd / "tokenizer" / "tokenizer_config.json", model_max_length=10**30)
+    assert f"model_max_length is {10**30}, expected the tokens of a prompt" in line()
+    (sd / "tokenizer" / "vocab.json").write_text("{}")
+    edit(sd / "tokenizer" / "tokenizer_config.json", model_max_length=None)
+    assert f"{sd / 'tokenizer' / 'vocab.json'}: holds no tokens, expected CLIP's" in line()
     (sd / "tokenizer" / "merges.txt").unlink()
-    assert f"{sd / 'tokenizer'} lacks vocab.json or merges.txt; expected both" in line()
-    (sd / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert f"{sd / 'tokenizer'}: expected vocab.json and merges.txt in it, or token" in line()
     shutil.rmtree(sd / "scheduler")
     assert f"{sd} has no file scheduler/scheduler_config.json" in line()
     (sd / "model_index.json").unlink()
-    assert f"{sd} has no file model_index.json; expected that of a diffusers folder" in line()
+    assert f"{sd} has no file model_index.json; expected one, as diffusers and" in line()
+
+
+def test_paths_that_cannot_be_tested(sd, capsys, tmp_path):
+    line = fails(capsys, "convert", "diffusers", tmp_path / ("x" * 300), tmp_path / "out")
+    assert "File name too long" in line and "expected a path that can be read" in line
+    (tmp_path / "loop").symlink_to("loop")
+    line = fails(capsys, "convert", "diffusers", sd, tmp_path / "loop")
+    assert f"{tmp_path / 'loop'} cannot be written: Symlink loop" in line
+    assert (tmp_path / "loop").is_symlink()
 
 
 def test_parts_of_different_models_are_refused(sd, capsys):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import re
 import subprocess
 import sys
 import types
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from commands import ROOT, TINY, succeeds
 from edm_pickle import write_edm_pickle
+from peak_memory import peak_of_convert
 
 from dmd_jax.config import load_config
 from dmd_jax.convert.edm import params_from_state_dict
@@ -92,17 +91,6 @@ def test_the_drawn_cifar10_network_has_the_released_size():
     assert len(buffers) == 8  # conv0 and skip of two blocks down and two up
 
 
-CHILD = """
-import resource, sys
-import jax, dmd_jax.cli, dmd_jax.convert.edm, dmd_jax.convert.lpips, dmd_jax.convert.inception
-jax.devices()
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
-assert dmd_jax.cli.main(["convert", "edm", *sys.argv[1:]]) == 0
-print("bytes", peak() - before)
-"""
-
-
 def test_memory_is_less_than_three_times_the_file(tmp_path):
     """Two copies of all parameters at no time: measured 1.2 files above what JAX itself takes."""
     network = ADM | {"model_channels": 192, "channel_mult": [1, 3]}
@@ -111,10 +99,7 @@ def test_memory_is_less_than_three_times_the_file(tmp_path):
     write_edm_pickle(path, kwargs, edm_pickle.drawn_state_dict(network))
     size = path.stat().st_size
     assert size > 80e6
-    command = [sys.executable, "-c", CHILD, str(path), str(tmp_path / "out")]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
-    assert int(re.search(r"bytes (\d+)", output)[1]) < 2 * size
+    assert peak_of_convert("edm", path, tmp_path / "out") < 2 * size
 
 
 @pytest.mark.torch

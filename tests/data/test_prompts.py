@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -265,6 +266,26 @@ def test_a_damaged_tar_is_never_taken_for_a_shorter_one(tmp_path):
     (tmp_path / "b.tar").write_bytes(whole[: header + 3] + b"?" + whole[header + 4 :])
     with pytest.raises(UserError, match="b.tar: truncated or damaged, no end where it should be"):
         read(tmp_path / "b.tar")
+
+
+@pytest.mark.parametrize("size", [-512, -1536])
+def test_a_tar_that_leads_back_ends(tmp_path, size):
+    """The third member's size is negative: the next one would be the third or the second again."""
+    write_tar(tmp_path / "a.tar", [("0.txt", "a"), ("1.txt", "b"), ("2.txt", "c")])
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    member = tarfile.TarInfo("2.txt")
+    member.size = size
+    content[2048 : 2048 + 512] = member.tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(UserError, match=f"a.tar: truncated or damaged, a member of {size:,} bytes"):
+        list(itertools.islice(PromptRows(tmp_path / "a.tar"), 9))
+
+
+def test_control_characters_of_a_member_are_written_out(tmp_path):
+    write_tar(tmp_path / "a.tar", [("\x1b[2J.txt", b"\xff")])
+    assert [row.where for row in PromptRows(tmp_path / "a.tar")] == [
+        f"{tmp_path / 'a.tar'} sample \\x1b[2J"
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.tar"])

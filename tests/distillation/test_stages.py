@@ -7,6 +7,7 @@ from commands import ROOT, succeeds
 
 from dmd_jax.checkpoints import Checkpoints
 from dmd_jax.config import default_config, stages_of
+from dmd_jax.distillation.setting import own_batches
 from dmd_jax.errors import UserError
 from dmd_jax.metrics import read_metrics
 from dmd_jax.weights import load_weights
@@ -74,3 +75,26 @@ def test_a_run_in_stages_stopped_at_and_within_them_is_the_run_in_one_go(tiny, t
     for line, weight in zip(lines, (2.0, 0.25, 0.25)):
         expected = line["loss_matching"] + weight * line["loss_regression"]
         np.testing.assert_allclose(line["loss_generator"], expected, rtol=1e-5)
+
+
+def test_a_stage_takes_up_the_data_where_the_one_before_left_it():
+    class Numbers:
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, index):
+            return {"number": np.int32(index)}
+
+    config = default_config()
+    config.steps = 30
+    config.regression_batch_size = 6
+    config.stages = ({"until": 3, "regression_batch_size": 4},)
+    (_, first), (_, second) = stages_of(config)
+    size = lambda stage: stage.regression_batch_size  # noqa: E731
+    taken = own_batches(Numbers(), size, first, [])
+    rows = [next(taken)["number"] for _ in range(3)]
+    taken = own_batches(Numbers(), size, second, [(3, first)])
+    rows += [next(taken)["number"] for _ in range(15)]
+    numbers = np.concatenate(rows)
+    # 12 and 90: two epochs, each with every record once, and two records of a third.
+    assert sorted(numbers[:50]) == sorted(numbers[50:100]) == list(range(50))

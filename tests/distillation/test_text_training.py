@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import fails, finish, start, succeeds
+from ml_collections import ConfigDict
 from PIL import Image
 
 from dmd_jax.config import load_config, shipped_config
@@ -21,6 +22,7 @@ from dmd_jax.losses import snr_weight
 from dmd_jax.metrics import read_metrics
 from dmd_jax.models import build_denoiser
 from dmd_jax.schedules import NoiseLevel
+from dmd_jax.text_parts import load_decoder, load_text_encoder
 from dmd_jax.weights import load_weights
 
 PROMPTS = ("a red ball", "a green ball", "a cat on a mat", "A house by the sea, oil painting")
@@ -84,22 +86,24 @@ def setting(road):
 
 def test_the_batches_hold_pairs_and_as_many_fresh_prompts_as_are_missing(setting):
     config, found = setting
-    batch = next(found.data(config))
+    batch = next(found.data(config, []))
     shapes = {name: leaf.shape for name, leaf in found.method.batch(config).items()}
     assert {name: rows.shape for name, rows in batch.items()} == shapes
     assert len(batch["fresh_tokens"]) == 4 and len(batch["tokens"]) == 4
     config.match_reference = False
-    assert len(next(found.data(config))["fresh_tokens"]) == 8
+    assert len(next(found.data(config, []))["fresh_tokens"]) == 8
     config.match_reference = True
 
 
 def test_text_encoded_ahead_is_the_condition_of_the_step(setting):
     config, in_step = setting
-    batch = next(in_step.data(config))
-    config.text.encode = "ahead"
+    batch = next(in_step.data(config, []))
+    other = ConfigDict(config.to_dict())
+    other.text.encode = "ahead"
+    other.text.text_encoder = load_text_encoder(config.teacher.weights).network
+    other.text.taesd = load_decoder(config.teacher.weights, "taesd").network
     denoiser = build_denoiser(config.network.to_dict())
-    ahead = text_method(config, denoiser)
-    config.text.encode = "in_step"
+    ahead = text_method(other, denoiser)
     teacher = in_step.arguments.teacher
     expected = in_step.method.condition(teacher, batch)
     encoded = ahead.ahead(teacher["text_encoder"], batch)
@@ -118,7 +122,7 @@ def test_only_the_teacher_is_guided(setting):
     denoiser, schedule = build_denoiser(config.network.to_dict()), found.method.schedule
     teacher, (fresh, _) = (
         found.arguments.teacher,
-        found.method.condition(found.arguments.teacher, next(found.data(config))),
+        found.method.condition(found.arguments.teacher, next(found.data(config, []))),
     )
     x_t = jax.random.normal(jax.random.key(0), (4, *denoiser.sample_shape))
     level = schedule.level(jnp.array([20, 300, 700, 980]))
@@ -183,6 +187,22 @@ def test_pairs_of_another_text_encoder_are_refused(road, tmp_path, capsys):
     )
     assert "were made with text_encoder_sha256 000" in line
     assert len(PairSource(folder, sample_shape=(8, 8, 4), num_classes=0, token_length=77)) == 16
+
+
+def test_what_a_resumed_run_must_share(road, setting, tmp_path):
+    """Other prompts of the same number make another run."""
+    found = setting[1]
+    prompts = tmp_path / "other.txt"
+    prompts.write_text("one\ntwo\nthree\nfour\n")
+    succeeds("prompts", prompts, tmp_path / "prompts")
+    path, *overrides = road[0][1:]
+    overrides += ["--config.distance=l2", f"--config.text.prompts={tmp_path / 'prompts'}"]
+    other = load_config(str(path), overrides)
+    identity = setting_of(other, teacher_of(other)).identity
+    assert identity.keys() == found.identity.keys()
+    different = {key for key in identity if identity[key] != found.identity[key]}
+    assert different == {"prompts_sha256"}
+    assert identity["pairs_sampler"] == "pndm" and len(identity["pairs_prompts_sha256"]) == 64
 
 
 def test_a_teacher_is_not_trained_here(tmp_path, capsys):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from clip_folder import PREPROCESSOR, save_clip, write_clip
@@ -13,6 +14,7 @@ from commands import succeeds
 from PIL import Image
 
 from dmd_jax.errors import UserError
+from dmd_jax.evaluation import features
 from dmd_jax.evaluation.clip_folder import Preparation, load_clip
 from dmd_jax.evaluation.clip_score import ClipScore, prepare, resized, score
 
@@ -46,7 +48,7 @@ def test_cosines_are_those_of_transformers(tmp_path):
     model = save_clip(tmp_path / "clip")
     succeeds("convert", "clip", tmp_path / "clip", tmp_path / "out")
     clip, images = ClipScore(tmp_path / "out"), drawn_images(len(TEXTS), 20, 20, 3)
-    ours = clip.cosines(images, clip.tokens(TEXTS))
+    ours = clip.cosines(images, clip.features_of_texts(clip.tokens(TEXTS)))
 
     processor = CLIPImageProcessorPil.from_pretrained(tmp_path / "clip")
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "clip")
@@ -59,7 +61,7 @@ def test_cosines_are_those_of_transformers(tmp_path):
         expected = (expected / model.logit_scale.exp()).diagonal().numpy()
     np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
     assert np.ptp(ours) > 100 * TOLERANCE  # the pairs are told apart
-    crossed = clip.cosines(images, clip.tokens(TEXTS[::-1]))
+    crossed = clip.cosines(images, clip.features_of_texts(clip.tokens(TEXTS[::-1])))
     assert np.abs(crossed - ours).max() > 100 * TOLERANCE
 
 
@@ -96,11 +98,37 @@ def test_the_score_is_a_mean_of_cosines():
 def test_cosines_are_of_each_pair_whatever_is_beside_it(folder):
     clip, images = ClipScore(folder), drawn_images(len(TEXTS), 16, 16, 3)
     tokens = clip.tokens(TEXTS)
-    whole = clip.cosines(images, tokens)
+    whole = clip.cosines(images, clip.features_of_texts(tokens))
     for index in range(len(TEXTS)):
-        one = clip.cosines(images[index : index + 1], tokens[index : index + 1])
+        text = clip.features_of_texts(tokens[index : index + 1])
+        one = clip.cosines(images[index : index + 1], text)
         np.testing.assert_allclose(one[0], whole[index], atol=1e-6)
     assert (np.abs(whole) <= 1).all()
+
+
+def test_towers_are_on_the_devices_one_after_the_other(folder, monkeypatch):
+    def shapes(params):
+        return {x.shape for x in jax.tree.leaves(params)}
+
+    def there(shapes):
+        """Whether arrays of these shapes live that did not before the test."""
+        return any(id(x) not in before and x.shape in shapes for x in jax.live_arrays())
+
+    def watched(*arguments):
+        seen.append((there(text), there(vision)))
+        return pad_rows(*arguments)
+
+    clip, pad_rows = load_clip(folder), features.pad_rows
+    text, vision = shapes(clip.text.params), shapes(clip.vision.params)
+    text, vision = text - vision, vision - text
+    held, seen = jax.live_arrays(), []  # held, so that no other array gets their ids
+    before = {id(x) for x in held}
+    monkeypatch.setattr(features, "pad_rows", watched)
+    score = ClipScore(folder)
+    texts = score.features_of_texts(score.tokens(TEXTS))
+    assert not there(text)
+    score.cosines(drawn_images(len(TEXTS), 16, 16, 3), texts)
+    assert seen == [(True, False), (False, True)]
 
 
 def test_origin_is_that_of_the_conversion(folder):
