@@ -92,7 +92,7 @@ def test_the_drawn_cifar10_network_has_the_released_size():
 
 
 def test_memory_is_less_than_three_times_the_file(tmp_path):
-    """Two copies of all parameters at no time: measured 1.2 files above what JAX itself takes."""
+    """Two copies of all parameters at no time: measured 1.4 files above what JAX itself takes."""
     network = ADM | {"model_channels": 192, "channel_mult": [1, 3]}
     path = tmp_path / "net.pkl"
     kwargs = edm_pickle.init_kwargs(network)
