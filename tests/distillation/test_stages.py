@@ -61,7 +61,7 @@ def test_a_run_in_stages_stopped_at_and_within_them_is_the_run_in_one_go(tiny, t
     arguments = ("--config", STAGED, *tiny[2:])
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     succeeds("train", *arguments, "--workdir", whole)
-    for steps in (3, 4, 6, 12):
+    for steps in (4, 6, 12):
         succeeds("train", *arguments, "--workdir", stopped, f"--config.steps={steps}")
     for found, expected in zip(
         *(jax.tree.leaves(load_weights(w).params) for w in (stopped, whole))
