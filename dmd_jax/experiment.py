@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from dmd_jax import losses
 from dmd_jax.auxiliary import LPIPS, how_to_make, load_auxiliary
 from dmd_jax.config import stages_of
+from dmd_jax.data.prompts import PromptSource
 from dmd_jax.errors import UserError
 from dmd_jax.models import complete
 from dmd_jax.models.lpips import lpips, lpips_template
 from dmd_jax.schedules import NoiseLevel, NoiseSchedule
-from dmd_jax.sharding import infer_shardings, make_mesh
+from dmd_jax.sharding import infer_shardings, make_mesh, with_shardings
 from dmd_jax.types import Params
 from dmd_jax.weights import Weights, load_weights
 
@@ -154,6 +155,17 @@ def distance_of(
     return distance
 
 
+def prompts_of(config: ConfigDict) -> PromptSource:
+    """The prompts of config.text.prompts.
+
+    Raises:
+      UserError: none are named, or they are not whole.
+    """
+    if not config.text.prompts:
+        raise UserError("config.text.prompts is empty; expected the folder of `dmd-jax prompts`")
+    return PromptSource(config.text.prompts)
+
+
 def lpips_of(config: ConfigDict) -> Params:
     """LPIPS's parameters.
 
@@ -170,11 +182,7 @@ def lpips_of(config: ConfigDict) -> Params:
 def abstract_state(initialize: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
     """Shapes, then shardings: the state of `initialize(*args)` before any array is made."""
     shapes = jax.eval_shape(initialize, *args)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        infer_shardings(shapes, mesh),
-    )
+    return with_shardings(shapes, infer_shardings(shapes, mesh))
 
 
 def shardings_of(abstract: Any) -> Any:

@@ -19,7 +19,7 @@ from dmd_jax.data.pairs import write_pairs
 from dmd_jax.data.pairs_metadata import PairsMetadata, TextPairsMetadata
 from dmd_jax.data.prompts import PromptSource
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import teacher_of
+from dmd_jax.experiment import prompts_of, teacher_of
 from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
 from dmd_jax.metrics import Progress
 from dmd_jax.models import complete
@@ -117,9 +117,7 @@ def _text_plan(config: ConfigDict, teacher: Weights) -> _Plan:
     options = config.pairs
     samplers = tuple(name for name in TEXT_SAMPLERS if name != "one-step")
     _check_sampler(options.sampler, samplers, "makes images of text")
-    if not config.text.prompts:
-        raise UserError("config.text.prompts is empty; expected the folder of `dmd-jax prompts`")
-    prompts = PromptSource(config.text.prompts)
+    prompts = prompts_of(config)
     pipeline = load_pipeline(config.teacher.weights, unet=teacher)
     maker = LatentMaker(
         pipeline,

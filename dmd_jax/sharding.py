@@ -98,6 +98,15 @@ def to_mesh(local_batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
     }
 
 
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """The shapes of a tree of arrays or ShapeDtypeStructs, with these shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Puts host arrays on their devices, leaf by leaf; every process holds the same values."""
 

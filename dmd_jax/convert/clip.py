@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from dmd_jax.convert.part_weights import (
 )
 from dmd_jax.convert.strict import check_names_and_shapes
 from dmd_jax.convert.torch_layout import torch_key, torch_shape
-from dmd_jax.convert.whole_folder import converted, resolved, whole_folder
+from dmd_jax.convert.whole_folder import converted, copy_files, resolved, whole_folder
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation.clip_folder import CLIP_FILE, TEXT, TOKENIZER, Preparation
 from dmd_jax.files import write_json
@@ -83,9 +82,7 @@ def run(args: argparse.Namespace) -> None:
             description = f"{folder.name}, converted from transformers"
             weights = Weights(tower.network, tower.layout, description, source)
             save_leaves(place, weights, meter.watching(tower.leaf))
-        (made / TOKENIZER).mkdir()
-        for path in tokenizer:
-            shutil.copyfile(path, made / TOKENIZER / path.name)
+        copy_files(tokenizer, made / TOKENIZER)
         write_json(made / CLIP_FILE, dataclasses.asdict(preparation) | {_SCALE: scale})
     counts = " and ".join(f"{tower.network['name']}, {tower.count:,}" for tower in towers.values())
     print(f"convert: {counts} parameters, in {args.out}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from dmd_jax.convert.meter import Meter
 from dmd_jax.convert.part import read_part
 from dmd_jax.convert.part_weights import DIFFUSERS, TRANSFORMERS, has_weights, weight_patterns
 from dmd_jax.convert.safe_pickle import shown
-from dmd_jax.convert.whole_folder import converted, resolved, whole_folder
+from dmd_jax.convert.whole_folder import converted, copy_files, resolved, whole_folder
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import file_sha256, write_json
 from dmd_jax.tokenizer import read_files
@@ -106,9 +105,7 @@ def run(args: argparse.Namespace) -> None:
             description = f"{source['file']}, converted from diffusers"
             weights = Weights(read.network, read.layout, description, source)
             save_leaves(place, weights, meter.watching(read.leaf))
-        (made / "tokenizer").mkdir()
-        for path in tokenizer:
-            shutil.copyfile(path, made / "tokenizer" / path.name)
+        copy_files(tokenizer, made / "tokenizer")
         write_json(made / _SAMPLING, scheduler)
     count = parts["unet"].count
     print(f"convert: unet2d_condition, {count:,} parameters, and {', '.join(others)} in {args.out}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,13 @@ def check_free(out: Path) -> None:
     except OSError as error:
         raise UserError(f"{out} cannot be read: {first_line(error)}") from error
     raise UserError(f"{out} exists and holds something else; expected a new or empty folder")
+
+
+def copy_files(files: Iterable[Path], folder: Path) -> None:
+    """Copies the content of files into a folder that is made for them."""
+    folder.mkdir()
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def label_method(config: ConfigDict, denoiser: Denoiser) -> Method:
         ahead=None,
         distance=lambda stage: distance,
         show=lambda perceptual, samples: samples,
-        arguments=Arguments(
+        arguments=lambda: Arguments(
             teacher=abstract_params(config.network.to_dict()),
             perceptual=None if distance is None else lpips_template(),
             ahead=None,
@@ -76,7 +76,7 @@ def label_setting(config: ConfigDict, teacher: Weights, denoiser: Denoiser) -> S
     pairs = open_pairs(
         config, teacher, sample_shape=method.sample_shape, num_classes=method.num_classes
     )
-    lpips_params = None if method.arguments.perceptual is None else lpips_of(config)
+    lpips_params = None if method.distance(config) is None else lpips_of(config)
     return Setting(
         method=method,
         arguments=Arguments(teacher.params, lpips_params, None),

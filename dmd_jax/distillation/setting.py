@@ -46,7 +46,8 @@ class Method(NamedTuple):
     distance: Callable[[ConfigDict], Distance | None]
     # (perceptual, samples) -> images [N, H, W, C] to look at
     show: Callable[[Any, jax.Array], jax.Array]
-    arguments: Arguments  # as ShapeDtypeStructs
+    # As ShapeDtypeStructs; a full-size network takes seconds to trace, and training needs none.
+    arguments: Callable[[], Arguments]
     # A stage's config -> the whole batch that `ahead` and the step take, as ShapeDtypeStructs.
     batch: Callable[[ConfigDict], Batch]
 

@@ -15,7 +15,7 @@ from dmd_jax import samplers
 from dmd_jax.config import stages_of
 from dmd_jax.data.loader import together
 from dmd_jax.data.pairs import PairSource
-from dmd_jax.data.prompts import PromptSource, TokenSource
+from dmd_jax.data.prompts import TokenSource
 from dmd_jax.distillation.setting import (
     Arguments,
     Distance,
@@ -27,7 +27,7 @@ from dmd_jax.distillation.setting import (
     own_batches,
 )
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import check_same_network, distance_of, lpips_of, one_of
+from dmd_jax.experiment import check_same_network, distance_of, lpips_of, one_of, prompts_of
 from dmd_jax.models import Denoiser, abstract_params, complete, guided
 from dmd_jax.models.lpips import lpips_template
 from dmd_jax.objective import Networks
@@ -64,16 +64,17 @@ def text_method(config: ConfigDict, denoiser: Denoiser) -> Method:
         name: image_decoder(network, dtype=config.compute_dtype)
         for name, network in decoders.items()
     }
-    perceptual = {"decoders": {name: abstract_params(one) for name, one in decoders.items()}}
+    decoder_params = {name: abstract_params(network) for name, network in decoders.items()}
     latents = jax.ShapeDtypeStruct((1, *denoiser.sample_shape), jnp.float32)
     shown = config.text.decoder
-    image = jax.eval_shape(decode[shown], perceptual["decoders"][shown], latents)
+    image = jax.eval_shape(decode[shown], decoder_params[shown], latents)
     distance = distance_of(config, image.shape[1:])
-    if distance is not None:
-        perceptual["lpips"] = lpips_template()
-    teacher = {"network": abstract_params(config.network.to_dict()), "uncond": uncond}
-    if in_step:
-        teacher["text_encoder"] = encoder_params
+
+    def arguments() -> Arguments:
+        network = abstract_params(config.network.to_dict())
+        lpips = None if distance is None else lpips_template()
+        return _arguments(network, uncond, encoder_params, decoder_params, lpips, in_step=in_step)
+
     return Method(
         networks=_networks(denoiser, config.guidance),
         schedule=denoiser.schedule,
@@ -84,7 +85,7 @@ def text_method(config: ConfigDict, denoiser: Denoiser) -> Method:
         ahead=None if in_step else functools.partial(_ahead, encode),
         distance=functools.partial(_distance, decode, distance),
         show=lambda perceptual, samples: decode[shown](perceptual["decoders"][shown], samples),
-        arguments=Arguments(teacher, perceptual, None if in_step else encoder_params),
+        arguments=arguments,
         batch=functools.partial(_batch, denoiser),
     )
 
@@ -127,20 +128,10 @@ def text_setting(config: ConfigDict, teacher: Weights, denoiser: Denoiser) -> Se
                 f"pairs {config.pairs.folder} were made with {name} {found}; expected {expected}, "
                 "that of the config and its teacher"
             )
-    if not config.text.prompts:
-        raise UserError("config.text.prompts is empty; expected the folder of `dmd-jax prompts`")
-    prompts = PromptSource(config.text.prompts)
+    prompts = prompts_of(config)
     encode = jax.jit(text_encoder(encoder.network, dtype=config.compute_dtype))
-    teacher_params = {
-        "network": teacher.params,
-        "uncond": jax.device_get(encode(encoder.params, tokenizer.encode([""]))),
-    }
-    if method.ahead is None:
-        teacher_params["text_encoder"] = encoder.params
-    perceptual = {"decoders": {name: one.params for name, one in decoders.items()}}
-    if "lpips" in method.arguments.perceptual:
-        perceptual["lpips"] = lpips_of(config)
-    identity = identity_of(pairs, perceptual.get("lpips")) | {
+    lpips_params = None if method.distance(config) is None else lpips_of(config)
+    identity = identity_of(pairs, lpips_params) | {
         "prompts_sha256": prompts.metadata.prompts_sha256,
         "text_encoder_sha256": encoder_sha256,
     }
@@ -148,14 +139,38 @@ def text_setting(config: ConfigDict, teacher: Weights, denoiser: Denoiser) -> Se
         identity[f"{name}_sha256"] = params_sha256(one.params)
     return Setting(
         method=method,
-        arguments=Arguments(
-            teacher_params, perceptual, None if method.ahead is None else encoder.params
+        arguments=_arguments(
+            teacher.params,
+            jax.device_get(encode(encoder.params, tokenizer.encode([""]))),
+            encoder.params,
+            {name: one.params for name, one in decoders.items()},
+            lpips_params,
+            in_step=method.ahead is None,
         ),
         pairs=pairs,
         show_condition=lambda rows: jax.device_get(encode(encoder.params, rows["tokens"])),
         data=functools.partial(_data, pairs, TokenSource(prompts, tokenizer)),
         identity=identity,
     )
+
+
+def _arguments(
+    network: Params,
+    uncond: Any,
+    encoder: Params,
+    decoders: dict[str, Params],
+    lpips: Params | None,
+    *,
+    in_step: bool,
+) -> Arguments:
+    """The trees that text_method describes."""
+    teacher = {"network": network, "uncond": uncond}
+    perceptual: dict[str, Any] = {"decoders": decoders}
+    if in_step:
+        teacher["text_encoder"] = encoder
+    if lpips is not None:
+        perceptual["lpips"] = lpips
+    return Arguments(teacher, perceptual, None if in_step else encoder)
 
 
 def decoder_names(config: ConfigDict) -> list[str]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.layers import GroupNorm, conv
-from dmd_jax.models.unet import check_sizes
+from dmd_jax.models.unet import check_levels, check_sizes
 from dmd_jax.models.unet2d_blocks import (
     DownBlock2D,
     Downsample2D,
@@ -38,7 +38,6 @@ _SIZES = {
     "norm_num_groups": (1, 65_536),
     "scaling_factor": (1e-6, 1e6),
 }
-_MOST_LEVELS = 16
 
 
 class AutoencoderKL(nn.Module):
@@ -204,11 +203,7 @@ def _check(network: AutoencoderKL) -> None:
     """Raises a UserError that names the first option that is impossible."""
     name = type(network).__name__
     check_sizes(network, _SIZES)
-    levels = len(network.block_out_channels)
-    if levels > _MOST_LEVELS:
-        raise UserError(
-            f"{name} block_out_channels has {levels} levels; expected 1 to {_MOST_LEVELS}"
-        )
+    levels = check_levels(network, "block_out_channels")
     for field, known in _TYPES.items():
         types = getattr(network, field)
         if list(types) != [known] * levels:

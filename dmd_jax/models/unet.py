@@ -71,13 +71,25 @@ def check_sizes(network: nn.Module, limits: Mapping[str, tuple[float, float]]) -
             )
 
 
+def check_levels(network: nn.Module, field: str) -> int:
+    """The number of levels, of which `field` has one entry each.
+
+    Raises:
+      UserError: they are too many.
+    """
+    levels = len(getattr(network, field))
+    if levels > _MOST_LEVELS:
+        raise UserError(
+            f"{type(network).__name__} {field} has {levels} levels; expected 1 to {_MOST_LEVELS}"
+        )
+    return levels
+
+
 def check_unet(network: nn.Module) -> None:
     """Raises a UserError that names the first option of a U-Net of EDM's that is impossible."""
     name = type(network).__name__
     check_sizes(network, {field: _SIZES[field] for field in _SIZES if hasattr(network, field)})
-    levels = len(network.channel_mult)
-    if levels > _MOST_LEVELS:
-        raise UserError(f"{name} channel_mult has {levels} levels; expected 1 to {_MOST_LEVELS}")
+    levels = check_levels(network, "channel_mult")
     if network.img_resolution % 2 ** (levels - 1):
         raise UserError(
             f"{name} img_resolution is {network.img_resolution}; expected a multiple of "

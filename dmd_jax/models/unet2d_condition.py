@@ -18,7 +18,7 @@ from jax import lax
 from dmd_jax.errors import UserError
 from dmd_jax.models.layers import GroupNorm, conv, dense, positional_embedding
 from dmd_jax.models.transformer2d import Transformer2D
-from dmd_jax.models.unet import check_sizes
+from dmd_jax.models.unet import check_levels, check_sizes
 from dmd_jax.models.unet2d_blocks import (
     Block,
     DownBlock2D,
@@ -44,7 +44,6 @@ _SIZES = {
     "cross_attention_dim": (1, 65_536),
     "attention_head_dim": (1, 65_536),
 }
-_MOST_LEVELS = 16
 
 
 def _keep_products(primitive, *operands, **params) -> bool:
@@ -208,11 +207,7 @@ def _check(network: UNet2DConditionModel) -> None:
     """Raises a UserError that names the first option that is impossible."""
     name = type(network).__name__
     check_sizes(network, _SIZES)
-    levels = len(network.block_out_channels)
-    if levels > _MOST_LEVELS:
-        raise UserError(
-            f"{name} block_out_channels has {levels} levels; expected 1 to {_MOST_LEVELS}"
-        )
+    levels = check_levels(network, "block_out_channels")
     for field, half in (("down_block_types", "Down"), ("up_block_types", "Up")):
         types = getattr(network, field)
         known = (_ATTENDS.format(half), _PLAIN.format(half))

@@ -112,8 +112,8 @@ def test_text_encoded_ahead_is_the_condition_of_the_step(setting):
     for ours, theirs in zip(found, expected):
         assert ours.shape == (4, *denoiser.cond_shape)
         np.testing.assert_array_equal(ours, theirs)
-    assert "text_encoder" not in ahead.arguments.teacher
-    assert "text_encoder" in in_step.method.arguments.teacher
+    assert "text_encoder" not in ahead.arguments().teacher
+    assert "text_encoder" in in_step.method.arguments().teacher
 
 
 def test_only_the_teacher_is_guided(setting):
