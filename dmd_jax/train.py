@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 from dmd_jax import loop
 from dmd_jax.arguments import add_run_arguments, run_config
 from dmd_jax.config import stages_of
-from dmd_jax.distillation import initial_state, optimizers_of, setting_of, train_step_of
+from dmd_jax.distillation import optimizers_of, setting_of
+from dmd_jax.distillation.program import program_of
 from dmd_jax.distillation.setting import Setting
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import (
-    abstract_state,
     loss_options,
     mesh_of,
     shardings_of,
@@ -30,7 +30,7 @@ from dmd_jax.sharding import (
     place,
     replicated,
 )
-from dmd_jax.train_step import EVERY_STEP, jit_step
+from dmd_jax.train_step import EVERY_STEP
 from dmd_jax.weights import Weights, save_weights
 
 
@@ -50,27 +50,16 @@ def run(args: argparse.Namespace) -> None:
     method = setting.method
     for _, part in parts:
         loss_options(part, method.schedule)
-    optimizers = optimizers_of(config)
-    teacher_shardings = infer_shardings(setting.arguments.teacher, mesh)
-    teacher_params = place(setting.arguments.teacher, teacher_shardings)
-    perceptual_shardings = jax.tree.map(lambda _: replicated(mesh), setting.arguments.perceptual)
-    perceptual_params = place(setting.arguments.perceptual, perceptual_shardings)
-    initialize = functools.partial(initial_state, config, method, optimizers)
-    abstract = abstract_state(initialize, mesh, teacher_params)
-    shardings = shardings_of(abstract)
+    program = program_of(config, method, optimizers_of(config), mesh, setting.arguments)
+    teacher_params = place(setting.arguments.teacher, shardings_of(program.teacher))
+    perceptual_params = place(setting.arguments.perceptual, shardings_of(program.perceptual))
     encode_ahead = _ahead(setting, mesh)
 
     def stage(number: int) -> loop.Stage:
         until, part = parts[number]
         ends = [0, *(end for end, _ in parts)]
         earlier = [(end - ends[i], one) for i, (end, one) in enumerate(parts[:number])]
-        step = jit_step(
-            train_step_of(part, method, optimizers, mesh),
-            mesh,
-            shardings,
-            teacher_shardings,
-            perceptual_shardings,
-        )
+        step = program.step(part)
         return loop.Stage(
             until=until,
             advance=lambda train_state, batch: step(
@@ -85,8 +74,10 @@ def run(args: argparse.Namespace) -> None:
         workdir=args.workdir,
         config=config,
         identity=setting.identity,
-        abstract=abstract,
-        initialize=functools.partial(jax.jit(initialize, out_shardings=shardings), teacher_params),
+        abstract=program.state,
+        initialize=lambda: jax.jit(program.initialize, out_shardings=shardings_of(program.state))(
+            teacher_params
+        ),
         stages=[stage(number) for number in range(len(parts))],
         mesh=mesh,
         sparse_every=config.generator_every,

@@ -9,26 +9,18 @@ from commands import ROOT
 
 # Sixteen devices, which the tests' own process does not have.
 PROGRAM = """
-import functools, json, math, jax
+import json, math, jax
 from dmd_jax.config import load_config, shipped_config
-from dmd_jax.distillation import initial_state, method_of, optimizers_of, train_step_of
-from dmd_jax.experiment import abstract_state, mesh_of, shardings_of
-from dmd_jax.sharding import infer_shardings, replicated
-from dmd_jax.train_step import jit_step
+from dmd_jax.distillation import method_of, optimizers_of
+from dmd_jax.distillation.program import program_of
+from dmd_jax.experiment import mesh_of
 
 config = load_config(str(shipped_config("sd15_laion625")), ["--config.mesh.fsdp=16"])
-mesh = mesh_of(config)
-method, optimizers = method_of(config), optimizers_of(config)
-teacher, perceptual, _ = method.arguments
-state = abstract_state(functools.partial(initial_state, config, method, optimizers), mesh, teacher)
-step = jit_step(
-    train_step_of(config, method, optimizers, mesh),
-    mesh,
-    shardings_of(state),
-    infer_shardings(teacher, mesh),
-    jax.tree.map(lambda _: replicated(mesh), perceptual),
-)
-lowered = step.lower(state, teacher, perceptual, method.batch(config))
+method = method_of(config)
+program = program_of(config, method, optimizers_of(config), mesh_of(config), method.arguments())
+state, teacher, perceptual = program.state, program.teacher, program.perceptual
+batch = program.batch(config)
+lowered = program.step(config).lower(state, teacher, perceptual, batch)
 after, metrics = lowered.out_info
 count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
 here = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -41,7 +33,7 @@ print(json.dumps({
     "same_state": jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
     == jax.tree.map(lambda _: True, state),
     "metrics": sorted(metrics),
-    "batch": {name: leaf.shape for name, leaf in method.batch(config).items()},
+    "batch": {name: leaf.shape for name, leaf in batch.items()},
 }))
 """
 

@@ -1,0 +1,100 @@
+"""How many floating-point operations a function asks for, from its jaxpr alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> int:
+    """The multiplications and additions of a function's matmuls and convolutions.
+
+    A multiply-add is two operations. Loops count as often as they run, of a condition's branches
+    the dearest counts, and a convolution's products with padding do not count. What the function
+    computes again for memory's sake (jax.checkpoint) counts as well: leave that out of the
+    function to know what its model needs. Pallas kernels count as nothing.
+
+    Args:
+      args: arrays or ShapeDtypeStructs.
+
+    Raises:
+      ValueError: a loop whose length is not known beforehand.
+    """
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _of_jaxpr(jaxpr: core.Jaxpr) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: core.JaxprEqn) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        lengths = [equation.invars[0].aval.shape[axis] for axis in contracted]
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(lengths)
+    if name == "conv_general_dilated":
+        return _of_convolution(equation)
+    if name == "cond":
+        return max(_of_jaxpr(branch.jaxpr) for branch in params["branches"])
+    if name == "scan":
+        return params["length"] * _of_jaxpr(params["jaxpr"].jaxpr)
+    if name == "while":
+        inner = _of_jaxpr(params["body_jaxpr"].jaxpr)
+        if inner:
+            raise ValueError("a loop of unknown length has matmuls in it; expected a scan")
+        return 0
+    if name == "pallas_call":
+        return 0
+    times = math.prod(params["mesh"].shape.values()) if name == "shard_map" else 1
+    return times * sum(_of_jaxpr(inner) for inner in _inner(params))
+
+
+def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:
+    """The jaxprs that an equation calls once: of jit, of custom derivatives, of checkpoints."""
+    called = [params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in params]
+    return [getattr(one, "jaxpr", one) for one in called]
+
+
+def _of_convolution(equation: core.JaxprEqn) -> int:
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    image, kernel = (variable.aval.shape for variable in equation.invars)
+    result = equation.outvars[0].aval.shape
+    pairs = 1
+    for axis, stride in enumerate(params["window_strides"]):
+        pairs *= _products(
+            image[numbers.lhs_spec[2 + axis]],
+            kernel[numbers.rhs_spec[2 + axis]],
+            result[numbers.out_spec[2 + axis]],
+            stride=stride,
+            before=params["padding"][axis][0],
+            image_dilation=params["lhs_dilation"][axis],
+            kernel_dilation=params["rhs_dilation"][axis],
+        )
+    batch, features = (result[axis] for axis in numbers.out_spec[:2])
+    inputs = kernel[numbers.rhs_spec[1]]  # of one group
+    return 2 * batch * features * inputs * pairs
+
+
+def _products(
+    image: int,
+    kernel: int,
+    result: int,
+    *,
+    stride: int,
+    before: int,
+    image_dilation: int,
+    kernel_dilation: int,
+) -> int:
+    """Along one axis, the (result, kernel) positions that meet a pixel rather than a zero."""
+    position = (
+        stride * np.arange(result)[:, None] + kernel_dilation * np.arange(kernel)[None] - before
+    )
+    inside = (position >= 0) & (position <= image_dilation * (image - 1))
+    return int(np.sum(inside & (position % image_dilation == 0)))
