@@ -13,7 +13,7 @@ import numpy as np
 from dmd_jax import samplers
 from dmd_jax.errors import UserError
 from dmd_jax.models import Denoiser
-from dmd_jax.sharding import batch_sharding, make_mesh, place, replicated
+from dmd_jax.sharding import batch_sharding, make_mesh, place, program_for, replicated
 from dmd_jax.state import Role, key_data, role_key
 from dmd_jax.weights import Weights, denoiser_of
 
@@ -54,7 +54,7 @@ class ImageMaker:
         self.batch_size = self._devices.batch_size
         self._params = self._devices.replicate(weights.params)
         self._sample = self._devices.compile(
-            _sampler(sampler, denoiser, num_steps, sampler_options or {})
+            image_sampler(sampler, denoiser, num_steps, sampler_options or {})
         )
 
     def __call__(
@@ -98,7 +98,12 @@ class LocalDevices:
 
     def compile(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         """`function` under jit; its result is a batch."""
-        return jax.jit(function, out_shardings=batch_sharding(self._mesh))
+
+        def on_mesh(*args: Any) -> jax.Array:
+            with program_for(self._mesh):
+                return function(*args)
+
+        return jax.jit(on_mesh, out_shardings=batch_sharding(self._mesh))
 
     def batches(
         self, *arrays: np.ndarray | None
@@ -147,10 +152,17 @@ def _labels(base, indices, num_classes):
     return jax.vmap(draw)(indices)
 
 
-def _sampler(
+def image_sampler(
     name: str, denoiser: Denoiser, num_steps: int, options: dict[str, float]
 ) -> Callable[[Any, jax.Array, Any, jax.Array], jax.Array]:
-    """(params, z, cond, key) -> images."""
+    """(params, z, cond, key) -> images, by one of SAMPLERS.
+
+    Args:
+      options: s_churn and so on, for heun and euler.
+
+    Raises:
+      UserError: an unknown sampler, or options that it does not take.
+    """
     if name == "one-step":
         if options:
             raise UserError(f"the one-step sampler takes no {', '.join(options)}")

@@ -7,6 +7,7 @@ Pure functions of (params, draws, batch): all that is random, the levels and the
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -76,6 +77,25 @@ def draw_lognormal(
     return Draws(edm_level(jnp.exp(log_sigma)), jax.random.normal(noise_key, shape))
 
 
+def join_pairs(fresh: jax.Array, pairs: jax.Array) -> jax.Array:
+    """Fresh rows [B - R, ...] and the pairs' [R, ...] as one batch [B, ...].
+
+    They alternate in the smallest groups that have both in their proportion. A batch that is split
+    over devices then stays where it is, where one behind the other would be sent about, and parts
+    of whole groups are batches alike.
+    """
+    groups = math.gcd(len(fresh), len(pairs))
+    both = [rows.reshape(groups, -1, *rows.shape[1:]) for rows in (fresh, pairs)]
+    return jnp.concatenate(both, axis=1).reshape(-1, *fresh.shape[1:])
+
+
+def take_pairs(x: jax.Array, count: int) -> jax.Array:
+    """The pairs' `count` rows [R, ...] of a batch [B, ...] that `join_pairs` made."""
+    groups = math.gcd(len(x), count)
+    rows = x.reshape(groups, -1, *x.shape[1:])[:, -(count // groups) :]
+    return rows.reshape(count, *x.shape[1:])
+
+
 def generator_loss(
     params: Params,
     draws: Draws,
@@ -96,8 +116,8 @@ def generator_loss(
     Args:
       params: the generator's. draws: levels and noise for the matching loss.
       batch: "z" [B, ...] and "cond" for the matching loss; with a regression weight also "z_ref",
-        "y_ref" [R, ...] and "cond_ref". Without "z_ref" the last R rows of "z" and "cond" are the
-        pairs', whose samples are then in the matching loss as well: Algorithm 1 for Stable
+        "y_ref" [R, ...] and "cond_ref". Without "z_ref" the pairs' R rows are among those of "z"
+        and "cond" (`join_pairs`), and so in the matching loss as well: Algorithm 1 for Stable
         Diffusion. Conditions are None where there are none, else pytrees of [B, ...].
       networks, teacher_params, fake_score_params: no gradient flows into the two scores.
       weighting, alpha_factor: of `losses.distribution_matching_gradient`.
@@ -130,7 +150,7 @@ def generator_loss(
         if "z_ref" in batch:
             x_ref = networks.generate(params, batch["z_ref"], batch["cond_ref"])
         else:
-            x_ref = x[-len(batch["y_ref"]) :]
+            x_ref = take_pairs(x, len(batch["y_ref"]))
         regression = losses.regression_loss(x_ref, batch["y_ref"], distance=distance).mean()
         loss = loss + regression_weight * regression
         metrics["loss_regression"] = regression

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmd_jax.errors import UserError
@@ -17,6 +20,7 @@ AXES = ("data", "fsdp", "tensor")
 # (regular expression searched in the leaf's path, tactic); the first that matches decides.
 Rules = Sequence[tuple[str, str]]
 DEFAULT_RULES: Rules = ((".*", "fsdp"),)
+_MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 # Below this many elements a leaf costs more to gather than it saves.
 MIN_SHARDED_SIZE = 1024
 
@@ -24,8 +28,12 @@ MIN_SHARDED_SIZE = 1024
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
     """The mesh ("data", "fsdp", "tensor"); one size may be -1 and takes the devices left.
 
+    Where the devices are those of several slices (TPU) or hosts (GPU), data runs over these and the
+    other axes stay inside of each, as the network between them is slow.
+
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or the slices of TPUs do not
+        divide data.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -36,7 +44,47 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
         sizes[sizes.index(-1)] = max(len(devices) // -math.prod(sizes), 1)
     if math.prod(sizes) != len(devices):
         raise UserError(f"{shown} does not multiply to the {len(devices)} devices")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if sizes[0] % slices and devices[0].platform == "tpu":
+        raise UserError(
+            f"{shown}: data={sizes[0]} over {slices} slices; expected a multiple of {slices}, as "
+            "fsdp and tensor stay inside a slice"
+        )
+    return Mesh(_arranged(sizes, slices, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(sizes: list[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array of these sizes, neighbours of an axis near each other."""
+    if sizes[0] % slices:
+        return np.asarray(devices).reshape(sizes)  # fsdp from host to host, as was asked for
+    inside = (sizes[0] // slices, *sizes[1:])
+    for split in (False, True):  # an axis over parts of two of the torus's is the second choice
+        try:
+            if slices == 1:
+                return mesh_utils.create_device_mesh(
+                    inside, devices, allow_split_physical_axes=split
+                )
+            return mesh_utils.create_hybrid_device_mesh(
+                inside, (slices, 1, 1), devices, allow_split_physical_axes=split
+            )
+        except NotImplementedError as error:
+            problem = error
+    raise UserError(f"a mesh of data, fsdp, tensor = {sizes} cannot be laid out: {problem}")
+
+
+@contextmanager
+def program_for(mesh: Mesh | None) -> Iterator[None]:
+    """Functions that are traced inside know the mesh that they will run on (`mesh_in_use`)."""
+    token = _MESH.set(mesh)
+    try:
+        yield
+    finally:
+        _MESH.reset(token)
+
+
+def mesh_in_use() -> Mesh | None:
+    """The mesh of the `program_for` around; None where there is none."""
+    return _MESH.get()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -77,25 +125,60 @@ def _fsdp_spec(shape: tuple[int, ...], size: int) -> PartitionSpec:
     return PartitionSpec(*(["fsdp" if axis == largest else None for axis in range(largest + 1)]))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, *, accumulation: int = 1, name: str) -> None:
-    """Raises a UserError unless each device gets a whole part of each micro-batch."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation
-    if batch_size < 1 or batch_size % parts:
+def check_batch_size(
+    batch_size: int, mesh: Mesh, *, accumulation: int = 1, name: str, axes: Sequence[str] = AXES[:2]
+) -> None:
+    """Raises a UserError unless each part of the mesh gets a whole part of each micro-batch.
+
+    Args:
+      axes: those of the mesh that the rows must divide over.
+    """
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    if batch_size < 1 or batch_size % (devices * accumulation):
         detail = f" times {accumulation} micro-batches" if accumulation > 1 else ""
-        devices = mesh.shape["data"] * mesh.shape["fsdp"]
         raise UserError(
-            f"{name}={batch_size} does not divide over {devices} devices (data x fsdp){detail}; "
-            f"expected a multiple of {parts}"
+            f"{name}={batch_size} does not divide over {devices} devices ({' x '.join(axes)})"
+            f"{detail}; expected a multiple of {devices * accumulation}"
         )
 
 
-def to_mesh(local_batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Each process's rows of a batch, joined to global arrays over data and fsdp."""
-    sharding = batch_sharding(mesh)
+def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """The leading dimension over data and fsdp; over data alone where both do not divide it."""
+    if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+        return batch_sharding(mesh)
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def on_rows(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a whole batch, arrays or ShapeDtypeStructs, with its rows' shardings."""
     return {
-        name: jax.make_array_from_process_local_data(sharding, rows)
-        for name, rows in local_batch.items()
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=rows_sharding(mesh, leaf.shape[0])
+        )
+        for name, leaf in batch.items()
     }
+
+
+def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """The numbers of the rows of a batch that this process's devices hold, ascending."""
+    places = rows_sharding(mesh, rows).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in places]))
+
+
+def to_mesh(local_batch: dict[str, np.ndarray], whole: dict[str, jax.ShapeDtypeStruct]):
+    """Each process's rows of a batch (`own_rows`), joined to global arrays of these shapes."""
+
+    def join(rows: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        own = own_rows(shape.sharding.mesh, shape.shape[0])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape.shape[0])
+            first = np.searchsorted(own, start)
+            return rows[first : first + stop - start]
+
+        return jax.make_array_from_callback(shape.shape, shape.sharding, part)
+
+    return {name: join(rows, whole[name]) for name, rows in local_batch.items()}
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
@@ -104,6 +187,14 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
         shardings,
+    )
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Of the parts of a tree of ShapeDtypeStructs with shardings that one device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 

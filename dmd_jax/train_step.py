@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from dmd_jax import objective
 from dmd_jax.objective import Networks
 from dmd_jax.schedules import NoiseLevel, NoiseSchedule
-from dmd_jax.sharding import batch_sharding, replicated
+from dmd_jax.sharding import batch_sharding, program_for, replicated
 from dmd_jax.state import ModelState, Role, TrainState, apply_gradients, role_key, update_ema
 from dmd_jax.types import Params
 
@@ -89,9 +90,8 @@ def make_train_step(
             cond, cond_ref = None, None
         if not match_reference:
             return {"z": z, "cond": cond, "z_ref": batch["z_ref"], "cond_ref": cond_ref}
-        # Micro-batches take each n-th row, so each has its part of both.
-        joined = lambda a, b: jnp.concatenate([a, b])  # noqa: E731
-        return {"z": joined(z, batch["z_ref"]), "cond": jax.tree.map(joined, cond, cond_ref)}
+        join = objective.join_pairs
+        return {"z": join(z, batch["z_ref"]), "cond": jax.tree.map(join, cond, cond_ref)}
 
     def draw_all(state: TrainState, teacher_params: Params, batch: Batch) -> dict[str, Any]:
         """Everything that a step sees, for the whole batch: micro-batches are parts of it."""
@@ -110,7 +110,7 @@ def make_train_step(
             ),
         }
 
-    def own_rows(part: Any) -> Any:
+    def split_rows(part: Any) -> Any:
         """Splits rows over the devices: left alone, XLA keeps what is drawn here whole on each."""
         if mesh is None:
             return part
@@ -118,7 +118,7 @@ def make_train_step(
 
     def gradients(state: TrainState, teacher_params, perceptual_params, update, part):
         """Both networks' gradients and metrics on one micro-batch."""
-        part = own_rows(part)
+        part = split_rows(part)
         distance = None
         if perceptual is not None:
             distance = lambda x, y: perceptual(perceptual_params, x, y)  # noqa: E731
@@ -158,12 +158,13 @@ def make_train_step(
 
     def train_step(state, teacher_params, perceptual_params, batch):
         update = state.step % generator_every == 0
-        everything = own_rows(draw_all(state, teacher_params, batch))
-        generator_grads, fake_grads, metrics = accumulate(
-            lambda part: gradients(state, teacher_params, perceptual_params, update, part),
-            everything,
-            accumulation,
-        )
+        with program_for(mesh):
+            everything = split_rows(draw_all(state, teacher_params, batch))
+            generator_grads, fake_grads, metrics = accumulate(
+                lambda part: gradients(state, teacher_params, perceptual_params, update, part),
+                everything,
+                accumulation,
+            )
         metrics["grad_norm_generator"] = optax.tree.norm(generator_grads)
         metrics["grad_norm_fake_score"] = optax.tree.norm(fake_grads)
         metrics["learning_rate"] = learning_rate(state.step // generator_every)
@@ -188,14 +189,21 @@ def make_train_step(
 
 
 def accumulate(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
-    """The mean of `function` over `parts` equal micro-batches, one at a time in a scan."""
+    """The mean of `function` over `parts` equal micro-batches, one at a time in a scan.
+
+    `parts` divides the leading dimension of each leaf.
+    """
     if parts == 1:
         return function(batch)
 
+    # Rows that belong together, as those of join_pairs, stay in one part.
+    groups = math.gcd(*(len(leaf) for leaf in jax.tree.leaves(batch)))
+
     def split(leaf: jax.Array) -> jax.Array:
         # The leading dimension stays outermost until moved, so each device keeps its own rows.
-        leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:])
-        return jnp.moveaxis(leaf, 1, 0)
+        leaf = leaf.reshape(groups // parts, parts, len(leaf) // groups, *leaf.shape[1:])
+        leaf = jnp.moveaxis(leaf, 1, 0)
+        return leaf.reshape(parts, -1, *leaf.shape[3:])
 
     batch = jax.tree.map(split, batch)
     first = jax.tree.map(lambda leaf: leaf[0], batch)
@@ -208,15 +216,25 @@ def accumulate(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
     return jax.tree.map(lambda leaf: leaf / parts, total)
 
 
-def jit_step(step: Step, mesh: Mesh, state_shardings, teacher_shardings, perceptual_shardings=None):
-    """The step as one program: state donated and sharded as it came, metrics on every device."""
+def jit_step(
+    step: Step,
+    mesh: Mesh,
+    state_shardings,
+    teacher_shardings,
+    perceptual_shardings=None,
+    batch_shardings=None,
+):
+    """The step as one program: state donated and sharded as it came, metrics on every device.
+
+    Where batch_shardings is None the batch stays as it is given.
+    """
     return jax.jit(
         step,
         in_shardings=(
             state_shardings,
             teacher_shardings,
             perceptual_shardings,
-            batch_sharding(mesh),
+            batch_shardings,
         ),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,

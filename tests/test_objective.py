@@ -13,7 +13,9 @@ from dmd_jax.objective import (
     draw_lognormal,
     fake_score_loss,
     generator_loss,
+    join_pairs,
     one_architecture,
+    take_pairs,
 )
 from dmd_jax.schedules import NoiseSchedule
 
@@ -82,14 +84,14 @@ def test_generator_loss_is_the_papers(setting):
     )
 
 
-def test_pairs_latents_at_the_end_of_z_are_in_both_losses(setting):
-    """Algorithm 1 for Stable Diffusion: x is the concatenation of G(z) and G(z_ref)."""
+def test_pairs_latents_among_z_are_in_both_losses(setting):
+    """Algorithm 1 for Stable Diffusion: x is both G(z) and G(z_ref)."""
     generator, teacher, fake, batch, _ = setting
     shape = (12, *small.SHAPE)
     draws = draw(jax.random.key(5), shape, schedule=SCHEDULE, min_index=20, max_index=980)
     joined = {
-        "z": jnp.concatenate([batch["z"], batch["z_ref"]]),
-        "cond": jnp.concatenate([batch["cond"], batch["cond_ref"]]),
+        "z": join_pairs(batch["z"], batch["z_ref"]),
+        "cond": join_pairs(batch["cond"], batch["cond_ref"]),
         "y_ref": batch["y_ref"],
     }
 
@@ -116,6 +118,14 @@ def test_pairs_latents_at_the_end_of_z_are_in_both_losses(setting):
     for found, a, b in zip(*map(jax.tree.leaves, (grads, first_grads, second_grads))):
         np.testing.assert_allclose(found, a + b, atol=1e-5 * np.abs(a + b).max())
     assert aux["x"].shape == shape
+
+
+def test_pairs_are_joined_in_groups_of_their_proportion():
+    fresh, pairs = jnp.array([0, 1, 2, 3]), jnp.array([10, 11, 12, 13, 14, 15])
+    joined = join_pairs(fresh, pairs)
+    np.testing.assert_array_equal(joined, [0, 1, 10, 11, 12, 2, 3, 13, 14, 15])
+    np.testing.assert_array_equal(take_pairs(joined, 6), pairs)
+    np.testing.assert_array_equal(take_pairs(joined[:5], 3), pairs[:3])
 
 
 def test_no_gradient_reaches_the_scores(setting):

@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dmd_jax import sharding
 from dmd_jax.errors import UserError
@@ -52,3 +53,29 @@ def test_batch_that_does_not_divide_is_refused():
         sharding.check_batch_size(12, mesh, name="config.batch_size")
     with pytest.raises(UserError, match="expected a multiple of 16"):
         sharding.check_batch_size(8, mesh, accumulation=2, name="config.batch_size")
+
+
+def test_rows_are_over_all_devices_or_over_data_alone():
+    mesh = sharding.make_mesh(2, 4)
+    assert sharding.rows_sharding(mesh, 16).spec == PartitionSpec(("data", "fsdp"))
+    assert sharding.rows_sharding(mesh, 12).spec == PartitionSpec("data")
+    rows = {"z_ref": np.arange(24.0).reshape(12, 2), "label": np.arange(16)}
+    whole = sharding.on_rows(rows, mesh)
+    for name, expected in rows.items():
+        np.testing.assert_array_equal(sharding.own_rows(mesh, len(expected)), range(len(expected)))
+        joined = sharding.to_mesh(rows, whole)[name]
+        assert joined.sharding == whole[name].sharding
+        np.testing.assert_array_equal(joined, expected)
+
+
+def test_a_process_gives_the_rows_of_its_devices(monkeypatch):
+    """Of the mesh data=2, fsdp=4: a process with the devices 5 and 4, in that order."""
+    mesh = sharding.make_mesh(2, 4)
+    own = [mesh.devices.flat[5], mesh.devices.flat[4]]
+    monkeypatch.setattr(
+        NamedSharding,
+        "addressable_devices_indices_map",
+        lambda self, shape: {one: self.devices_indices_map(shape)[one] for one in own},
+    )
+    np.testing.assert_array_equal(sharding.own_rows(mesh, 16), [8, 9, 10, 11])
+    np.testing.assert_array_equal(sharding.own_rows(mesh, 12), [6, 7, 8, 9, 10, 11])

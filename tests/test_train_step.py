@@ -49,7 +49,9 @@ def run(step, mesh, steps, batch=lambda k: small.pairs_batch(k, BATCH)):
     jitted = jit_step(step, mesh, shardings, teacher_shardings)
     history = []
     for k in range(steps):
-        state, metrics = jitted(state, teacher, None, sharding.to_mesh(batch(k), mesh))
+        rows = batch(k)
+        rows = sharding.to_mesh(rows, sharding.on_rows(rows, mesh))
+        state, metrics = jitted(state, teacher, None, rows)
         history.append(jax.device_get(metrics))
     return state, history, jitted
 
@@ -129,7 +131,8 @@ def test_the_state_is_donated():
     shardings = shardings_of(abstract_state(initialize, mesh, teacher))
     state = jax.jit(initialize, out_shardings=shardings)(teacher)
     jitted = jit_step(make_step(), mesh, shardings, teacher_shardings)
-    jitted(state, teacher, None, sharding.to_mesh(small.pairs_batch(0, BATCH), mesh))
+    batch = small.pairs_batch(0, BATCH)
+    jitted(state, teacher, None, sharding.to_mesh(batch, sharding.on_rows(batch, mesh)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(teacher))
 
@@ -211,24 +214,30 @@ def test_accumulation_changes_nothing(one_device):
 
 
 def test_reference_latents_in_the_matching_loss_on_any_mesh_in_any_parts():
-    """Stable Diffusion's form of the step, with conditions that come with the batch."""
+    """Stable Diffusion's form of the step, with conditions that come with the batch.
+
+    Each micro-batch has a sample for each of eight devices, and four pairs.
+    """
+    pairs = 12
 
     def batch(k):
-        rows = small.pairs_batch(k, BATCH)
-        return rows | {"fresh_label": small.pairs_batch(100 + k, BATCH)["label"]}
+        rows = small.pairs_batch(k, pairs)
+        return rows | {"fresh_label": small.pairs_batch(100 + k, pairs)["label"]}
 
     options = dict(
-        batch_size=2 * BATCH,
+        batch_size=2 * pairs,
         match_reference=True,
         condition=lambda teacher_params, batch: (batch["fresh_label"], batch["label"]),
     )
     mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
     state, history, _ = run(make_step(**options), mesh, 3, batch)
-    mesh = sharding.make_mesh(2, 2, devices=jax.devices()[:4])
-    found, parts, _ = run(make_step(mesh=mesh, accumulation=2, **options), mesh, 3, batch)
+    mesh = sharding.make_mesh(2, 4)
+    found, parts, _ = run(make_step(mesh=mesh, accumulation=3, **options), mesh, 3, batch)
     for ours, theirs in zip(parts, history):
         for name in theirs:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
+            # The gradient is the difference of two scores that hardly differ yet.
+            rtol = 5e-5 if name in ("dm_gradient_norm", "loss_matching", "loss_generator") else 1e-5
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=rtol, err_msg=name)
     assert_same(found, jax.device_get(state))
 
     # The first step's regression by hand: the pairs' samples against their images.

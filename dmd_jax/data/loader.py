@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -23,18 +23,16 @@ def batches(
     seed: int,
     shuffle: bool = True,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """An endless iterator of batches, each a dict of NumPy arrays stacked along a first axis.
 
     The global batch k is a function of the source, batch_size, seed, start and k alone: the epochs
     follow each other without a gap (a batch may span several), each visits every record once,
-    and each is shuffled differently. Process p of P gets the rows [p * b, (p + 1) * b) of it,
-    with b = batch_size / P, and reads only those records.
+    and each is shuffled differently. A process gets its rows of it and reads only those records.
 
     get_state() is a JSON-able dict that counts the batches handed out, not those read ahead, and
-    is the same for every process and every P; set_state() continues exactly there.
+    is the same for every process of any number; set_state() continues exactly there.
 
     Args:
       source: anything with `len(source)` and `source[i] -> dict of arrays`, safe to read from
@@ -42,21 +40,20 @@ def batches(
       batch_size: examples in the global batch.
       seed: any whole number of at least 0.
       start: examples that were taken before, perhaps in batches of another size.
+      rows: this process's, by their numbers in the global batch (`sharding.own_rows`); all of them
+        by default.
 
-    Raises UserError for an empty source, a negative seed, and a batch_size that the processes
-    cannot share equally. Errors of the source come out of next().
+    Raises UserError for an empty source, a negative seed, and a batch_size below 1. Errors of the
+    source come out of next().
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size {batch_size}: expected a multiple of the number of processes, "
-            f"{process_count}"
-        )
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: expected at least 1")
     if seed < 0:
         raise UserError(f"seed {seed}: expected a whole number of at least 0")
     if len(source) == 0:
         raise UserError("the data set is empty, expected at least one example")
-    share = batch_size // process_count
-    local = _LocalBatches(source, batch_size, start + process_index * share, share, seed, shuffle)
+    rows = range(batch_size) if rows is None else rows
+    local = _LocalBatches(source, batch_size, start, [int(row) for row in rows], seed, shuffle)
     return iter(grain.MapDataset.source(local).to_iter_dataset(_READ_OPTIONS))
 
 
@@ -124,19 +121,21 @@ class EpochOrder:
 
 
 class _LocalBatches:
-    """Item k is `share` rows of the global batch k, from row `first` on."""
+    """Item k is these rows of the global batch k."""
 
-    def __init__(self, source, batch_size: int, first: int, share: int, seed: int, shuffle: bool):
+    def __init__(
+        self, source, batch_size: int, start: int, rows: list[int], seed: int, shuffle: bool
+    ):
         self._source = source
-        self._batch_size, self._first, self._share = batch_size, first, share
+        self._batch_size, self._start, self._rows = batch_size, start, rows
         self._order = EpochOrder(len(source), seed) if shuffle else None
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, k: int) -> dict[str, np.ndarray]:
-        first = k * self._batch_size + self._first
-        records = [self._record(position) for position in range(first, first + self._share)]
+        first = k * self._batch_size + self._start
+        records = [self._record(first + row) for row in self._rows]
         return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
     def _record(self, position: int) -> dict[str, np.ndarray]:

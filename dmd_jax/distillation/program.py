@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dmd_jax.distillation import Optimizers, initial_state, train_step_of
 from dmd_jax.distillation.setting import Arguments, Method
 from dmd_jax.experiment import abstract_state, shardings_of
-from dmd_jax.sharding import batch_sharding, infer_shardings, replicated, with_shardings
+from dmd_jax.sharding import infer_shardings, on_rows, replicated, with_shardings
 from dmd_jax.train_step import Batch, Step, jit_step
 
 
@@ -53,12 +53,13 @@ def program_of(
             shardings_of(state),
             shardings_of(teacher),
             shardings_of(perceptual),
+            shardings_of(batch(stage)),
         )
 
     def batch(stage: ConfigDict) -> Batch:
         whole = method.batch(stage)
         if method.ahead is not None:
             whole = jax.eval_shape(method.ahead, arguments.ahead, whole)
-        return with_shardings(whole, jax.tree.map(lambda _: batch_sharding(mesh), whole))
+        return on_rows(whole, mesh)
 
     return Program(initialize, state, teacher, perceptual, step, batch)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmd_jax.data.loader import batches
@@ -14,6 +15,7 @@ from dmd_jax.data.pairs_metadata import TextPairsMetadata
 from dmd_jax.errors import UserError
 from dmd_jax.objective import Networks
 from dmd_jax.schedules import NoiseSchedule
+from dmd_jax.sharding import own_rows
 from dmd_jax.train_step import Batch
 from dmd_jax.types import Params
 from dmd_jax.weights import Weights, params_sha256
@@ -59,8 +61,8 @@ class Setting(NamedTuple):
     arguments: Arguments  # host arrays
     pairs: PairSource
     show_condition: Callable[[Batch], Any]  # that of pairs, for pictures
-    # A stage's config and the stages before it -> this process's endless batches.
-    data: Callable[[ConfigDict, Earlier], Iterator[Batch]]
+    # The mesh, a stage's config and the stages before it -> this process's endless batches.
+    data: Callable[[Mesh, ConfigDict, Earlier], Iterator[Batch]]
     identity: dict[str, Any]  # what a resumed run must share
 
 
@@ -85,7 +87,7 @@ def open_pairs(config: ConfigDict, teacher: Weights, **expected: Any) -> PairSou
 
 
 def own_batches(
-    source, size: Callable[[ConfigDict], int], config: ConfigDict, earlier: Earlier
+    source, size: Callable[[ConfigDict], int], mesh: Mesh, config: ConfigDict, earlier: Earlier
 ) -> Iterator[Batch]:
     """This process's rows of endless batches, from where the stages before have come to.
 
@@ -97,8 +99,7 @@ def own_batches(
         batch_size=size(config),
         seed=config.seed,
         start=sum(steps * size(stage) for steps, stage in earlier),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=own_rows(mesh, size(config)),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmd_jax import samplers
@@ -244,11 +245,11 @@ def _batch(denoiser: Denoiser, config: ConfigDict) -> Batch:
 
 
 def _data(
-    pairs: PairSource, prompts: TokenSource, config: ConfigDict, earlier: Earlier
+    pairs: PairSource, prompts: TokenSource, mesh: Mesh, config: ConfigDict, earlier: Earlier
 ) -> Iterator[Batch]:
     return together(
-        own_batches(pairs, lambda stage: stage.regression_batch_size, config, earlier),
-        fresh=own_batches(prompts, _fresh, config, earlier),
+        own_batches(pairs, lambda stage: stage.regression_batch_size, mesh, config, earlier),
+        fresh=own_batches(prompts, _fresh, mesh, config, earlier),
     )
 
 

@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
+from dmd_jax.models.splash import fits, splash
+from dmd_jax.sharding import mesh_in_use
 
+# Self-attention of fewer queries is as fast with XLA as with a kernel.
+MANY_QUERIES = 1024
 # Above this many logits for each head, queries attend in parts of CHUNK: Stable Diffusion's 64x64
 # latents have 16.8 million, which are 512 MB of float32 for one example's eight heads.
 MOST_LOGITS = 1 << 21
@@ -23,9 +27,7 @@ def attend(
 ) -> jax.Array:
     """Scaled dot-product attention, softmax(q k^T / sqrt(K)) v (arXiv 1706.03762, Eq. 1).
 
-    Which implementation runs is decided here and nowhere else; it is XLA's on every device, on all
-    queries at once or, where that takes much memory, on a part of them after the other. The
-    backward pass then computes a part's logits again.
+    Which implementation runs is decided here and nowhere else (`implementation`).
 
     Args:
       q: [B, L, H, K], H heads of K channels. k, v: [B, S, H, K], of q's dtype.
@@ -52,10 +54,35 @@ def attend(
                 f"attention mask is {mask.dtype} of shape {mask.shape}; expected bool, "
                 f"broadcastable to {shape}"
             )
-    length = q.shape[1]
-    if mask is None and not causal and length * k.shape[1] > MOST_LOGITS and length % CHUNK == 0:
+    found = implementation(q, k, free=mask is None and not causal)
+    if found == "splash":
+        return splash(q, k, v, mesh_in_use())
+    if found == "parts":
         return _in_parts(q, k, v)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=found)
+
+
+def implementation(q: jax.Array, k: jax.Array, *, free: bool) -> str:
+    """What attends for q [B, L, H, K] and k [B, S, H, K] on the devices that a program is for.
+
+    Args:
+      free: every query sees every key.
+
+    Returns:
+      For many queries in bfloat16 "splash" on TPU, in a program for a mesh
+      (`sharding.program_for`), and "cudnn" on GPU, for at most 128 channels a head; both write no
+      logits. Else "parts", XLA on a part of the queries after the other, whose logits the
+      backward pass computes again, where those of all would take much memory. Else "xla".
+    """
+    mesh, (_, length, _, channels) = mesh_in_use(), q.shape
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if free and length >= MANY_QUERIES and q.dtype == jnp.bfloat16:
+        if platform == "tpu" and mesh is not None and fits(q.shape, k.shape, mesh):
+            return "splash"
+        if platform in ("gpu", "cuda") and channels <= 128 and channels % 8 == 0:
+            return "cudnn"
+    much = length * k.shape[1] > MOST_LOGITS and length % CHUNK == 0
+    return "parts" if free and much else "xla"
 
 
 def _in_parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
