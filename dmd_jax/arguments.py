@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from dmd_jax.config import resolve_config
+from dmd_jax.config import flatten, resolve_config
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import check_ranges
+from dmd_jax.files import path_of
 from dmd_jax.generation import SAMPLERS, ImageMaker
 from dmd_jax.models import DTYPES, complete
+from dmd_jax.processes import add_process_arguments, join_processes
 from dmd_jax.text_parts import DECODERS
 from dmd_jax.text_to_image import (
     TEXT_SAMPLERS,
@@ -49,66 +48,32 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         metavar="DIR",
         required=True,
-        type=Path,
+        type=path_of,
         help="where the run lives; given alone, the run there goes on",
     )
     add_process_arguments(parser)
 
 
-def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that join several processes to one run."""
-    group = parser.add_argument_group("several processes (each runs the same command)")
-    group.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="address of process 0, or 'auto' where the cluster tells (Cloud TPU, Slurm)",
-    )
-    group.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
-    group.add_argument("--process", metavar="I", type=int, help="which of them this is, from 0")
-
-
-def join_processes(args: argparse.Namespace) -> None:
-    """Connects to the other processes if the flags say so.
-
-    Raises:
-      UserError: the flags are incomplete, or the coordinator cannot be reached.
-    """
-    if args.coordinator is None:
-        if args.processes is not None or args.process is not None:
-            raise UserError("--processes and --process need --coordinator HOST:PORT")
-        return
-    try:
-        if args.coordinator == "auto":
-            jax.distributed.initialize()
-        elif args.processes is None or args.process is None:
-            raise UserError(f"--coordinator {args.coordinator} needs --processes and --process")
-        else:
-            jax.distributed.initialize(args.coordinator, args.processes, args.process)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"--coordinator {args.coordinator}: {error}") from error
-
-
-def end_on_sigterm() -> None:
-    """Lets SIGTERM end this process, where what is finished is in files already.
-
-    With several processes JAX's preemption service swallows the signal, for training's sake.
-    """
-    if jax.process_count() > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def run_config(args: argparse.Namespace, command: str) -> ConfigDict:
-    """The config of --config, --workdir and the overrides; joins the processes first."""
-    join_processes(args)
-    config = resolve_config(args.config, args.overrides, args.workdir, command=command)
-    check_ranges(config)
-    return config
+    """The config of --config, --workdir and the overrides, on which all processes agree."""
+
+    def prepare() -> tuple[ConfigDict, dict[str, Any]]:
+        config = resolve_config(args.config, args.overrides, args.workdir, command=command)
+        check_ranges(config)
+        values = {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
+        return config, {"command": command, **values}
+
+    return join_processes(args, prepare, workdir=args.workdir)
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     """Weights, and how to make images from them."""
     parser.add_argument(
-        "--weights", type=Path, required=True, metavar="DIR", help="a weights folder or a workdir"
+        "--weights",
+        type=path_of,
+        required=True,
+        metavar="DIR",
+        help="a weights folder or a workdir",
     )
     parser.add_argument(
         "--sampler",
@@ -138,7 +103,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("images of text")
     group.add_argument(
         "--parts",
-        type=Path,
+        type=path_of,
         metavar="DIR",
         help="where the text encoder, the decoder and the tokenizer are (default: with the "
         "weights, or with the teacher of their run)",

@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from dmd_jax.errors import UserError, first_line
+from dmd_jax.files import path_of
+from dmd_jax.processes import settle
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 3):
-        self.folder = Path(folder).resolve()
+        self.folder = path_of(folder).resolve()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
@@ -71,8 +72,8 @@ class Checkpoints:
     def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest whole checkpoint on the shardings of `abstract`, whatever mesh wrote it.
 
-        A checkpoint that cannot be read is set aside as `broken-STEP` with a warning, and the one
-        before it is taken.
+        A checkpoint that some process cannot read is set aside as `broken-STEP` with a warning,
+        and the one before it is taken, by all processes.
 
         Args:
           abstract: the state as ShapeDtypeStructs with shardings.
@@ -84,31 +85,19 @@ class Checkpoints:
           UserError: the checkpoint is of another architecture, or none can be read.
         """
         broken = []
-        for step in reversed(self.steps):
-            try:
-                found = self._manager.item_metadata(step).state.tree
-                check_same_architecture(found, abstract, self.folder / str(step))
-                items = ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        item=abstract,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                    ),
-                    position=ocp.args.JsonRestore(),
-                )
-                restored = self._manager.restore(step, args=items)
-            except UserError:
-                raise
-            except Exception as error:  # Orbax and TensorStore raise many kinds for torn files.
-                _ignore_late_callbacks()
-                log.warning(
-                    "checkpoint %s is not whole (%s); falling back to the one before it",
-                    self.folder / str(step),
-                    first_line(error),
-                )
-                broken.append(step)
-                continue
-            self._set_aside(broken)
-            return step, restored.state, restored.position
+        for step in settle(self.steps[::-1], lambda every: every[0]):
+            read, problem = self._read(step, abstract)
+            # A process whose part of the files is torn must not fall back alone.
+            problem = settle(problem, lambda every: next(filter(None, every), None))
+            if problem is None:
+                self._set_aside(broken)
+                return step, *read
+            log.warning(
+                "checkpoint %s is not whole (%s); falling back to the one before it",
+                self.folder / str(step),
+                problem,
+            )
+            broken.append(step)
         if broken:
             raise UserError(
                 f"no whole checkpoint in {self.folder}: steps {broken} cannot be read; "
@@ -116,21 +105,53 @@ class Checkpoints:
             )
         return None
 
+    def _read(self, step: int, abstract: Any) -> tuple[tuple[Any, Any] | None, str | None]:
+        """(state, position), or None and what is wrong with the files.
+
+        By the handlers of Orbax alone: its managers wait for all processes to have read, which
+        never comes to pass where one cannot.
+
+        Raises:
+          UserError: it is of another architecture.
+        """
+        folder = self.folder / str(step)
+        state = ocp.PyTreeCheckpointHandler()
+        try:
+            check_same_architecture(state.metadata(folder / "state").tree, abstract, folder)
+            args = ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            )
+            position = ocp.JsonCheckpointHandler().restore(folder / "position")
+            return (state.restore(folder / "state", args=args), position), None
+        except UserError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds for torn files.
+            _ignore_late_callbacks()
+            return None, first_line(error)
+
     def _set_aside(self, steps: Sequence[int]) -> None:
         """Renames, so that the run can write these steps again and nothing is lost."""
         if not steps:
             return
+        problem = None
         if jax.process_index() == 0:
-            for step in steps:
-                target = self.folder / f"broken-{step}"
-                number = 1
-                while target.exists():
-                    number += 1
-                    target = self.folder / f"broken-{step}-{number}"
-                (self.folder / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("set aside broken checkpoints")
+            try:
+                for step in steps:
+                    self._set_one_aside(step)
+            except OSError as error:
+                problem = f"broken checkpoints in {self.folder} cannot be renamed: {error}"
+        if problem := settle(problem, lambda every: every[0]):
+            raise UserError(problem)
         self._manager.reload()
+
+    def _set_one_aside(self, step: int) -> None:
+        target = self.folder / f"broken-{step}"
+        number = 1
+        while target.exists():
+            number += 1
+            target = self.folder / f"broken-{step}-{number}"
+        (self.folder / str(step)).rename(target)
 
     def _guard(self, step: int | None, action) -> None:
         try:
@@ -151,7 +172,7 @@ def restore_subtree(folder: Path, names: Sequence[str]) -> tuple[int, str, Any] 
     Returns:
       (step, name, params as NumPy arrays), or None where there is no checkpoint with such a part.
     """
-    folder = Path(folder).resolve()
+    folder = path_of(folder).resolve()
     options = ocp.CheckpointManagerOptions(save_interval_steps=0, create=False, read_only=True)
     with _manager(folder, options) as manager:
         for step in sorted(manager.all_steps(), reverse=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,10 +17,11 @@ from dmd_jax.auxiliary import LPIPS, how_to_make, load_auxiliary
 from dmd_jax.config import stages_of
 from dmd_jax.data.prompts import PromptSource
 from dmd_jax.errors import UserError
+from dmd_jax.files import path_of
 from dmd_jax.models import complete
 from dmd_jax.models.lpips import lpips, lpips_template
 from dmd_jax.schedules import NoiseLevel, NoiseSchedule
-from dmd_jax.sharding import infer_shardings, make_mesh, with_shardings
+from dmd_jax.sharding import check_batch_size, infer_shardings, make_mesh, with_shardings
 from dmd_jax.types import Params
 from dmd_jax.weights import Weights, load_weights
 
@@ -49,6 +49,26 @@ def check_ranges(config: ConfigDict) -> None:
             value = _value(config, key)
             if value < minimum:
                 raise UserError(f"config.{key} is {value}; expected at least {minimum}")
+
+
+def check_batches(config: ConfigDict, mesh: Mesh, where: str) -> None:
+    """Raises a UserError unless the devices can share the batches of the config, or of a stage.
+
+    Args:
+      where: the config's name in the message.
+    """
+    # The pairs' rows are few beside what the networks see: where fsdp does not divide them, some
+    # devices have one more than others.
+    for name, axes in (("batch_size", ("data", "fsdp")), ("regression_batch_size", ("data",))):
+        check_batch_size(
+            config[name], mesh, accumulation=config.accumulation, name=f"{where}.{name}", axes=axes
+        )
+    if config.match_reference and config.batch_size <= config.regression_batch_size:
+        raise UserError(
+            f"{where}.batch_size is {config.batch_size}; expected more than "
+            f"regression_batch_size={config.regression_batch_size}, whose latents are among it "
+            "with config.match_reference"
+        )
 
 
 def fake_weight_of(config: ConfigDict) -> Callable[[NoiseLevel], jax.Array]:
@@ -176,7 +196,7 @@ def lpips_of(config: ConfigDict) -> Params:
         raise UserError(
             f"config.lpips.weights is empty; {how_to_make(LPIPS)}; or set config.distance=l2"
         )
-    return load_auxiliary(Path(config.lpips.weights), LPIPS)
+    return load_auxiliary(path_of(config.lpips.weights), LPIPS)
 
 
 def abstract_state(initialize: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:

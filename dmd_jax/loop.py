@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmd_jax.checkpoints import Checkpoints
 from dmd_jax.config import save_config
 from dmd_jax.errors import Stopped, UserError
 from dmd_jax.metrics import MetricsWriter, Progress
+from dmd_jax.profiling import Profile
 from dmd_jax.sharding import to_mesh
+from dmd_jax.stopping import stop_requests
 
 
 class Stage(NamedTuple):
@@ -30,6 +28,7 @@ class Stage(NamedTuple):
     advance: Callable[[Any, dict[str, jax.Array]], tuple[Any, dict[str, jax.Array]]]
     # This process's rows, an iterator with get_state() and set_state(); made when it is needed.
     batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+    batch: dict[str, jax.ShapeDtypeStruct]  # the whole of one, with shardings (`on_rows`)
     images_per_step: int
 
 
@@ -42,10 +41,10 @@ def run(
     abstract: Any,
     initialize: Callable[[], Any],
     stages: Sequence[Stage],
-    mesh: Mesh,
     draw_pictures: Callable[[Any], dict[str, np.ndarray]],
     sparse_every: int = 1,
     dense: Collection[str] = (),
+    profile: range = range(0),
 ) -> Any:
     """Trains to the last stage's end from the newest checkpoint, or from `initialize()`.
 
@@ -57,12 +56,13 @@ def run(
         the checkpoints.
       draw_pictures: state -> {name: uint8 [H, W, C]}.
       sparse_every: only each n-th step, the first among them, has metrics besides those of `dense`.
+      profile: steps, counted from 1, that are traced into WORKDIR/profile.
 
     Returns:
       The final state, which is in a checkpoint as well.
 
     Raises:
-      Stopped: on SIGTERM or SIGINT, after a checkpoint.
+      Stopped: on SIGTERM or SIGINT to any process, after a checkpoint, at one step in all.
       UserError: a loss is not finite (names the step), the run there is of another identity or
         past the last stage, or something cannot be written or read.
     """
@@ -90,6 +90,7 @@ def run(
         # Not before the checkpoint agrees: a refused config must not replace the run's own.
         save_config(config, workdir, command=name)
     writer = MetricsWriter(workdir, step=step, enabled=first)
+    trace = Profile(workdir / "profile", profile, step)
     number = _stage_at(step, stages)
     batches = stages[number].batches()
     if position.get("stage", 0) == number and position["batches"] is not None:
@@ -100,20 +101,23 @@ def run(
     def save() -> None:
         _check_finite(pending, checkpoints)
         position = {"stage": number, "batches": batches.get_state()}
+        writer.flush()
         checkpoints.save(step, state, position | {"identity": identity})
 
     started_at = step
     try:
-        with _stop_requests() as requested:
+        with stop_requests(step) as requested:
             while step < total_steps:
                 if step == stages[number].until:
                     number = _stage_at(step, stages)
                     batches = stages[number].batches()
                     progress = _progress(name, stages, number, step, enabled=first)
                     started_at = step
-                batch = to_mesh(next(batches), mesh)
-                with jax.transfer_guard("disallow"):
-                    state, metrics = stages[number].advance(state, batch)
+                with trace.step(name, step + 1) as traced:
+                    batch = to_mesh(next(batches), stages[number].batch)
+                    with jax.transfer_guard("disallow"):
+                        state, metrics = stages[number].advance(state, batch)
+                    traced.append(metrics)
                 step += 1
                 if (step - 1) % sparse_every:
                     metrics = {name: metrics[name] for name in dense}
@@ -141,6 +145,7 @@ def run(
                     raise Stopped(step, signal_number, workdir)
     finally:
         writer.close()
+        trace.close()
         if sys.exc_info()[0] is None:
             checkpoints.close()
     return state
@@ -178,34 +183,3 @@ def _check_finite(pending, checkpoints: Checkpoints) -> dict[str, float]:
 
 def _note(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "loss" in name)
-
-
-@contextmanager
-def _stop_requests():
-    """Yields a function of the step: the number of the signal that asks to stop, or 0.
-
-    With several processes all must stop at one step, which JAX's preemption service agrees on for
-    SIGTERM.
-    """
-    if jax.process_count() > 1:
-        yield (
-            lambda step: (
-                signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
-            )
-        )
-        return
-    received = []
-
-    def receive(number, frame):
-        if number in received:
-            raise KeyboardInterrupt  # asked twice: whoever asks does not want to wait
-        received.append(number)
-
-    previous = {
-        number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield lambda step: received[0] if received else 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -14,9 +14,11 @@ from dmd_jax.data.images import open_images
 from dmd_jax.data.loader import batches
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import abstract_state, fake_weight_of, mesh_of, shardings_of
+from dmd_jax.introduction import introduce
 from dmd_jax.models import build_denoiser
 from dmd_jax.pictures import grid, to_uint8, viewing_scale
-from dmd_jax.sharding import batch_sharding, check_batch_size, replicated
+from dmd_jax.profiling import add_profile_argument, profiled_steps
+from dmd_jax.sharding import check_batch_size, on_rows, own_rows, replicated
 from dmd_jax.teacher_step import make_teacher_step, teacher_state
 from dmd_jax.weights import Weights, save_weights
 
@@ -25,12 +27,15 @@ PREVIEW_COUNT = 40
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
+    add_profile_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     config = run_config(args, "teacher")
     options = config.teacher
+    profile = profiled_steps(args.profile, options.steps)
     mesh = mesh_of(config)
+    introduce(mesh)
     check_batch_size(options.batch_size, mesh, name="config.teacher.batch_size")
     denoiser = build_denoiser(config.network.to_dict(), dtype=config.compute_dtype)
     if denoiser.cond_shape is not None:
@@ -68,6 +73,12 @@ def run(args: argparse.Namespace) -> None:
         ema_decay=options.ema_decay,
         weight=fake_weight_of(config),
     )
+    count = options.batch_size
+    batch = {
+        "x0": jax.ShapeDtypeStruct((count, *denoiser.sample_shape), jnp.float32),
+        "label": jax.ShapeDtypeStruct((count,), jnp.int32),
+    }
+    batch = on_rows(batch, mesh)
     final = loop.run(
         name="teacher",
         workdir=args.workdir,
@@ -80,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
                 until=options.steps,
                 advance=jax.jit(
                     step,
-                    in_shardings=(shardings, batch_sharding(mesh)),
+                    in_shardings=(shardings, shardings_of(batch)),
                     out_shardings=(shardings, replicated(mesh)),
                     donate_argnums=0,
                 ),
@@ -89,13 +100,13 @@ def run(args: argparse.Namespace) -> None:
                     images,
                     batch_size=options.batch_size,
                     seed=config.seed,
-                    process_index=jax.process_index(),
-                    process_count=jax.process_count(),
+                    rows=own_rows(mesh, options.batch_size),
                 ),
+                batch=batch,
                 images_per_step=options.batch_size,
             )
         ],
-        mesh=mesh,
+        profile=profile,
         draw_pictures=_preview(config, denoiser, shardings.ema, mesh),
     )
     params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(final.ema)

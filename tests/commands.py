@@ -27,16 +27,17 @@ def succeeds(*argv):
     assert main([str(argument) for argument in argv]) == 0
 
 
-def start(*argv, devices=2, largest_file=None):
+def start(*argv, devices=2, largest_file=None, program=("-m", "dmd_jax")):
     """A process of its own, with that many virtual devices.
 
     Args:
+      program: what Python runs.
       largest_file: every write past this many bytes of a file fails, in Python and in C++ alike,
         as all writes do on a full disk.
     """
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     env = os.environ | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
-    command = [sys.executable, "-m", "dmd_jax", *map(str, argv)]
+    command = [sys.executable, *map(str, program), *map(str, argv)]
     if largest_file is not None:
         limit = (
             "import os, resource, signal, sys;"
