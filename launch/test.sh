@@ -1,22 +1,32 @@
 #!/usr/bin/env bash
 # The tests, from nothing: installs what they need and runs pytest in the checkout. Arguments go to
-# pytest; --with-torch adds the tests whose oracle is PyTorch, and installs that too.
+# pytest; --with-torch adds the tests whose oracle is PyTorch, and --with-tpu those by the TPU
+# compiler, which needs no TPU; both install what they need.
 set -euo pipefail
+# shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 requirements=(requirements.txt)
 arguments=()
-for argument in "$@"; do
-  if [ "$argument" = --with-torch ]; then
-    requirements+=(tests/requirements-torch.txt)
-    # An empty -m undoes the "not torch" of pyproject.toml; a -m of the user's comes after it.
-    arguments=(-m '' ${arguments[@]+"${arguments[@]}"})
+without=() # what pyproject.toml leaves out by its own -m
+for name in torch tpu; do
+  if [[ " $* " == *" --with-$name "* ]]; then
+    requirements+=("tests/requirements-$name.txt")
   else
-    arguments+=("$argument")
+    without+=("not $name")
   fi
 done
+for argument in "$@"; do
+  case $argument in
+    --with-torch | --with-tpu) ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
+# A -m of the user's comes after this one.
+marks=$(printf ' and %s' ${without[@]+"${without[@]}"})
+arguments=(-m "${marks# and }" ${arguments[@]+"${arguments[@]}"})
 
-use_environment
+use_environment "$checkout/.venv"
 install_requirements "${requirements[@]}"
 cd "$checkout"
 exec "$python" -m pytest ${arguments[@]+"${arguments[@]}"}

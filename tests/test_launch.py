@@ -5,14 +5,19 @@ real one would, so that no test installs anything.
 """
 
 import os
+import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "mkdir", "rm")
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").rglob("*.sh"))
+TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "env", "grep", "mkdir", "rm", "tr")
+EXTRA_PINS = ("tests/requirements-torch.txt", "tests/requirements-tpu.txt")
 
 STUB_PYTHON = r"""#!/usr/bin/env bash
 case "$*" in
@@ -30,6 +35,7 @@ case "$1 $2" in
     cp "$0" "$3/bin/python"
     cp "$0" "$3/bin/dmd-jax" ;;
   "-m pip") exit "${STUB_PIP_FAILS:-0}" ;;
+  train*) env >"$STUB_LOG.environment" ;;
   "-m pytest" | "quickstart --workdir") exit "${STUB_RUN_FAILS:-0}" ;;
 esac
 """
@@ -44,7 +50,7 @@ class Checkout:
         for path in (self.root / "tests", self.tools):
             path.mkdir(parents=True)
         shutil.copytree(ROOT / "launch", self.root / "launch")
-        for name in ("setup.py", "requirements.txt", "tests/requirements-torch.txt"):
+        for name in ("setup.py", "requirements.txt", *EXTRA_PINS):
             shutil.copy(ROOT / name, self.root / name)
         for tool in TOOLS:
             (self.tools / tool).symlink_to(shutil.which(tool))
@@ -83,18 +89,28 @@ def checkout(tmp_path):
     return Checkout(tmp_path)
 
 
+PYTEST = "python [-m] [pytest] [-m] [not torch and not tpu]"
 BASE = "[-m] [pip] [install] [-qq] [--requirement] [ROOT/requirements.txt]"
 EDITABLE = "[-m] [pip] [install] [-qq] [--no-deps] [--no-build-isolation] [--editable] [ROOT]"
 
 
-@pytest.mark.parametrize("script", ["launch/common.sh", "launch/quickstart.sh", "launch/test.sh"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_bash_parses_the_script(script):
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
 
-@pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/test.sh", ".ci/run"])
+def test_shellcheck_finds_nothing():
+    shellcheck = Path(sysconfig.get_path("scripts")) / "shellcheck"
+    command = [str(shellcheck), "--external-sources", "--shell=bash", *SCRIPTS, ".ci/run"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "script", [*(script for script in SCRIPTS if script.count("/") == 1), ".ci/run"]
+)
 def test_script_is_executable(script):
-    assert os.access(ROOT / script, os.X_OK)
+    assert os.access(ROOT / script, os.X_OK) == (script != "launch/common.sh")
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
@@ -170,9 +186,9 @@ def test_changed_pins_are_installed_once(checkout, changed):
     with (checkout.root / changed).open("a") as file:
         file.write("# one more\n")
     checkout.run("test.sh")
-    assert checkout.calls() == [f"python {BASE}", f"python {EDITABLE}", "python [-m] [pytest]"]
+    assert checkout.calls() == [f"python {BASE}", f"python {EDITABLE}", PYTEST]
     checkout.run("test.sh")
-    assert checkout.calls() == ["python [-m] [pytest]"]
+    assert checkout.calls() == [PYTEST]
 
 
 def test_a_moved_checkout_is_installed_again(checkout):
@@ -186,16 +202,22 @@ def test_a_moved_checkout_is_installed_again(checkout):
     assert checkout.calls()[1] == f"python {EDITABLE}"
 
 
-def test_torch_is_installed_and_its_tests_are_added_only_when_asked_for(checkout):
+def test_what_some_tests_need_is_installed_and_they_are_added_only_when_asked_for(checkout):
     checkout.add_python()
     checkout.run("test.sh", "-x", "--with-torch", "tests/data")
     assert checkout.calls()[1:] == [
-        f"python {BASE} [--requirement] [ROOT/tests/requirements-torch.txt]",
+        f"python {BASE} [--requirement] [ROOT/{EXTRA_PINS[0]}]",
         f"python {EDITABLE}",
-        "python [-m] [pytest] [-m] [] [-x] [tests/data]",
+        "python [-m] [pytest] [-m] [not tpu] [-x] [tests/data]",
+    ]
+    checkout.run("test.sh", "--with-tpu")
+    assert checkout.calls() == [
+        f"python {BASE} [--requirement] [ROOT/{EXTRA_PINS[1]}]",
+        f"python {EDITABLE}",
+        "python [-m] [pytest] [-m] [not torch]",
     ]
     checkout.run("test.sh", "-x")
-    assert checkout.calls()[-1] == "python [-m] [pytest] [-x]"
+    assert checkout.calls()[-1] == f"{PYTEST} [-x]"
 
 
 def test_an_active_environment_is_used(checkout, tmp_path):
@@ -257,3 +279,81 @@ def test_ci_runs_all_tests(checkout):
     checkout.add_python()
     checkout.run("../.ci/run", CI="true")
     assert checkout.calls()[-1] == "python [-m] [pytest] [-m] []"
+
+
+def add_gpus(checkout, *drivers: str, code: int = 0) -> None:
+    lines = "".join(f"echo '{driver}'\n" for driver in drivers)
+    path = checkout.tools / "nvidia-smi"
+    path.write_text(f"#!/usr/bin/env bash\n{lines}exit {code}\n")
+    path.chmod(0o755)
+
+
+def test_gpu_training_from_nothing(checkout):
+    checkout.add_python()
+    add_gpus(checkout, "580.65.06", "580.65.06")
+    result = checkout.run("gpu_train.sh", "--config", "configs/a b.py", "--config.steps=7")
+    assert result.returncode == 0, result.stderr
+    assert checkout.calls() == [
+        "python3.11 [-m] [venv] [ROOT/.venv]",
+        f"python {BASE}",
+        f"python {BASE} [--no-build-isolation] [--editable] [ROOT[gpu]]",
+        "dmd-jax [train] [--config] [configs/a b.py] [--config.steps=7]",
+    ]
+    environment = (checkout.log.parent / "log.environment").read_text().splitlines()
+    assert "JAX_PLATFORMS=cuda,cpu" in environment
+    assert f"JAX_COMPILATION_CACHE_DIR={checkout.root}/.cache/jax" in environment
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9" in environment
+    assert "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true" in environment
+    assert "driver" not in result.stderr
+    checkout.run("gpu_train.sh")
+    assert checkout.calls() == ["dmd-jax [train]"]
+
+
+def test_gpu_settings_of_the_user_are_kept_and_one_gpu_exchanges_nothing(checkout):
+    checkout.add_python()
+    add_gpus(checkout, "535.1")
+    result = checkout.run(
+        "gpu_train.sh", XLA_PYTHON_CLIENT_MEM_FRACTION="0.5", JAX_PLATFORMS="cuda"
+    )
+    assert "the driver is 535.1, and CUDA 13" in result.stderr
+    environment = (checkout.log.parent / "log.environment").read_text().splitlines()
+    assert {"XLA_PYTHON_CLIENT_MEM_FRACTION=0.5", "JAX_PLATFORMS=cuda"} <= set(environment)
+    assert not any(line.startswith("XLA_FLAGS") for line in environment)
+    add_gpus(checkout, "580.1", "580.1")
+    checkout.run("gpu_train.sh", XLA_FLAGS="--xla_dump_to=d")
+    environment = (checkout.log.parent / "log.environment").read_text().splitlines()
+    assert "XLA_FLAGS=--xla_dump_to=d" in environment
+
+
+def test_no_gpu_is_one_line_and_nothing_is_installed(checkout):
+    checkout.add_python()
+    result = checkout.run("gpu_train.sh")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "gpu_train.sh: error: nvidia-smi is not on the PATH; expected an NVIDIA GPU and its "
+        "driver\n",
+    )
+    add_gpus(checkout, "NVIDIA-SMI has failed", "because it has no driver", code=9)
+    result = checkout.run("gpu_train.sh")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "gpu_train.sh: error: nvidia-smi does not work: NVIDIA-SMI has failed because it has no "
+        "driver\n",
+    )
+    add_gpus(checkout, "No devices were found")
+    result = checkout.run("gpu_train.sh")
+    assert result.stderr == "gpu_train.sh: error: nvidia-smi lists no GPU\n"
+    assert checkout.calls() == []
+
+
+def test_the_flags_of_gpu_train_are_the_pinned_xlas():
+    flags = re.findall(r"--xla_\w+=\w+", (ROOT / "launch" / "gpu_train.sh").read_text())
+    assert flags
+    # XLA ends the process at a flag that it does not know.
+    for flag, fails in [*((flag, False) for flag in flags), ("--xla_gpu_no_such=true", True)]:
+        command = "from jaxlib import xla_client; xla_client.make_cpu_client()"
+        environment = {**os.environ, "XLA_FLAGS": flag}
+        result = subprocess.run(
+            [sys.executable, "-c", command], env=environment, capture_output=True, text=True
+        )
+        assert (result.returncode != 0) == fails, result.stderr
