@@ -1,0 +1,103 @@
+"""TPU slices by name, as meshes that can be compiled for where there is no TPU.
+
+The figures of a chip are those that Google publishes (Cloud TPU documentation, "TPU versions").
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from dmd_jax.errors import UserError, first_line
+
+
+class Chip(NamedTuple):
+    """A generation of TPU."""
+
+    hbm_bytes: int
+    peak_flops: float  # a second, bfloat16
+    clock: float  # cycles a second: the peak over what the matrix units multiply and add in one
+    mxu: int  # side of a matrix unit: shorter products are padded to it
+    interconnect: float  # bytes a second, over all links of a chip
+    sizes: tuple[str, ...]  # of slices
+
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+GiB = 2**30
+CHIPS = {
+    "v4": Chip(32 * GiB, 275e12, 275e12 / (8 * 128**2 * 2), 128, 300e9, _CUBES),
+    "v5e": Chip(16 * GiB, 197e12, 197e12 / (4 * 128**2 * 2), 128, 200e9, _FLAT),
+    "v5p": Chip(95 * GiB, 459e12, 459e12 / (8 * 128**2 * 2), 128, 600e9, _CUBES),
+    "v6e": Chip(32 * GiB, 918e12, 918e12 / (4 * 256**2 * 2), 256, 448e9, _FLAT),
+}
+# What libtpu reads where it finds no TPU; without them it asks a metadata server for minutes.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5e-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """The generation of a slice such as "v5e:16x16".
+
+    Raises:
+      UserError: an unknown one.
+    """
+    generation, _, size = topology.partition(":")
+    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", size):
+        raise UserError(f"unknown topology {topology!r}; expected {_known()}")
+    return CHIPS[generation]
+
+
+def devices_of(topology: str, slices: int = 1):
+    """The devices of one slice, or of several that are joined by the data centre's network.
+
+    A device is a chip; the two cores of a v4 or v5p work as one.
+
+    Raises:
+      UserError: an unknown topology, or libtpu is not installed.
+    """
+    chip_of(topology)
+    os.environ.update(_ENVIRONMENT)
+    # The TPU plugin compiles alone; what is computed here, as the shapes' keys, is for the CPU.
+    jax.config.update("jax_platforms", "cpu")
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if slices > 1:
+        options["num_slices"] = slices
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "--topology needs the TPU compiler, libtpu; expected `pip install dmd_jax[tpu]`"
+        )
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    except (RuntimeError, ValueError) as error:  # jax.errors.JaxRuntimeError is the first
+        raise UserError(
+            f"no topology {topology!r} ({first_line(error)}); expected {_known()}"
+        ) from error
+    return found.devices
+
+
+def virtual_devices(count: int):
+    """That many devices of the CPU, which this process must not have used before.
+
+    Raises:
+      UserError: there cannot be so many.
+    """
+    if not 1 <= count <= 4096:
+        raise UserError(f"--devices {count}; expected 1 to 4096")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+    return jax.devices()
+
+
+def _known() -> str:
+    return "; ".join(f"{name}:{', '.join(chip.sizes)}" for name, chip in CHIPS.items())
