@@ -1,0 +1,1 @@
+"""Speed: our step and its peer in PyTorch, timed in turns."""

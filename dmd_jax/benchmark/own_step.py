@@ -1,0 +1,130 @@
+"""Our side of a training step: the program that `dmd-jax train` runs, on random weights."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dmd_jax.benchmark.random_arrays import random_batch, random_weights
+from dmd_jax.distillation import method_of, optimizers_of
+from dmd_jax.distillation.program import Program, program_of
+from dmd_jax.experiment import loss_options, shardings_of
+from dmd_jax.flops import count_flops
+from dmd_jax.models import complete
+
+
+class OwnStep:
+    """The config's train step, compiled, with a state, frozen networks and a batch on the mesh.
+
+    Attributes:
+      params: the teacher's and the perceptual parameters, which the step takes.
+      batch: what it takes besides. state: the TrainState, replaced by each step.
+      images: of a step. flops: that its model needs, without what is computed again for memory.
+
+    Raises:
+      UserError: the config asks for something impossible.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        program = _program(config, mesh)
+        abstract = _abstract(program, config)
+        lowered = program.step(config).lower(*abstract)
+        began = time.perf_counter()
+        self._compiled = lowered.compile()
+        self._facts = {"compile_seconds": time.perf_counter() - began}
+        self._facts["state_bytes"] = sum(map(_own_bytes, jax.tree.leaves(program.state)))
+        self.params = (random_weights(program.teacher), random_weights(program.perceptual))
+        self.batch = random_batch(abstract[3], _limits(config))
+        initialize = jax.jit(program.initialize, out_shardings=shardings_of(program.state))
+        self.state = initialize(self.params[0])
+        self.images, self.flops = config.batch_size, model_flops(config, mesh)
+
+    def __call__(self) -> dict[str, jax.Array]:
+        """One step; returns its metrics, ready."""
+        self.state, metrics = self._compiled(self.state, *self.params, self.batch)
+        return jax.block_until_ready(metrics)
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of it besides its speed, JSON-able. It makes two steps.
+
+        "compile_seconds", without tracing; "state_bytes" on a device; "donated", whether each of
+        the two steps took over the memory of the state before; and `memory_facts`.
+        """
+        taken = []
+        for _ in range(2):
+            before = jax.tree.leaves(self.state)
+            self()
+            taken += [leaf.is_deleted() for leaf in before]
+        return self._facts | {"donated": all(taken)} | memory_facts(self._compiled)
+
+    def release(self) -> None:
+        """Frees the devices' memory."""
+        delete((self.state, self.params, self.batch))
+
+
+def memory_facts(compiled: Any) -> dict[str, Any]:
+    """The memory of a program that has run, in bytes on a device.
+
+    Returns:
+      "memory", the compiler's account, or None where it gives none; "peak_bytes", the device's own
+      count of the most that was in use, or, of devices that do not count, what follows from the
+      account: arguments, outputs and temporaries, less what outputs take over of the arguments.
+    """
+    account, analysis = None, compiled.memory_analysis()
+    if analysis is not None:
+        account = {
+            "arguments": analysis.argument_size_in_bytes,
+            "outputs": analysis.output_size_in_bytes,
+            "temporaries": analysis.temp_size_in_bytes,
+            "aliased": analysis.alias_size_in_bytes,
+        }
+    counted = jax.local_devices()[0].memory_stats()
+    peak = None if counted is None else counted.get("peak_bytes_in_use")
+    if peak is None and account is not None:
+        peak = sum(account.values()) - 2 * account["aliased"]
+    return {"memory": account, "peak_bytes": peak}
+
+
+def delete(tree: Any) -> None:
+    """Frees the memory of a tree's arrays."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.delete()
+
+
+def _program(config: ConfigDict, mesh: Mesh) -> Program:
+    method = method_of(config)
+    loss_options(config, method.schedule)
+    return program_of(config, method, optimizers_of(config), mesh, method.arguments())
+
+
+def _abstract(program: Program, config: ConfigDict) -> tuple[Any, ...]:
+    """What the step takes."""
+    return program.state, program.teacher, program.perceptual, program.batch(config)
+
+
+def model_flops(config: ConfigDict, mesh: Mesh) -> int:
+    """Of a step of the whole batch, without what is computed again to save memory."""
+    config = ConfigDict(config.to_dict() | {"remat": "none"})
+    program = _program(config, mesh)
+    return count_flops(program.step(config), *_abstract(program, config))
+
+
+def _own_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Of a leaf's part on one device."""
+    size = leaf.dtype.itemsize
+    for length in leaf.sharding.shard_shape(leaf.shape):
+        size *= length
+    return size
+
+
+def _limits(config: ConfigDict) -> dict[str, int]:
+    """What the integers in a batch are below, by name."""
+    network = complete(config.network.to_dict())
+    if not config.text.text_encoder:
+        return {"label": max(network["label_dim"], 1)}
+    vocabulary = complete(config.text.text_encoder.to_dict())["vocab_size"]
+    return {"tokens": vocabulary, "fresh_tokens": vocabulary}

@@ -1,0 +1,42 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dmd_jax.benchmark.random_arrays import random_batch, random_weights
+from dmd_jax.sharding import make_mesh
+
+
+def test_weights_are_of_ordinary_size_and_where_they_belong():
+    mesh = make_mesh(fsdp=2, data=4)
+    split = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def leaf(shape, sharding=whole):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    abstract = {
+        "a": {"kernel": leaf((400, 64), split), "bias": leaf((64,)), "scale": leaf((8,))},
+        "b": {"kernel": leaf((400, 64), split)},
+    }
+    found = random_weights(abstract)
+    kernel = found["a"]["kernel"]
+    assert kernel.sharding == split
+    np.testing.assert_allclose(np.std(kernel), 1 / 20, rtol=0.05)
+    np.testing.assert_array_equal(found["a"]["bias"], 0)
+    np.testing.assert_array_equal(found["a"]["scale"], 1)
+    assert not np.any(np.asarray(kernel) == np.asarray(found["b"]["kernel"]))
+    jax.tree.map(np.testing.assert_array_equal, found, random_weights(abstract))
+
+
+def test_batch():
+    sharding = NamedSharding(make_mesh(), PartitionSpec("data"))
+    abstract = {
+        "z_ref": jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((64,), jnp.int32, sharding=sharding),
+    }
+    found = random_batch(abstract, {"label": 3})
+    assert set(np.asarray(found["label"])) == {0, 1, 2}
+    assert found["label"].dtype == jnp.int32
+    np.testing.assert_allclose(np.std(found["z_ref"]), 1, rtol=0.05)
+    assert found["z_ref"].sharding == found["label"].sharding == sharding
