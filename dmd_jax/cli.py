@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from dmd_jax import processes
 from dmd_jax.errors import Stopped, UserError
 
 COMMANDS = {
@@ -21,6 +22,8 @@ COMMANDS = {
     "train": "distil the teacher into a one-step generator",
     "sample": "make images from weights",
     "evaluate": "measure the Fréchet distance of a model's samples to real images",
+    "bench": "time a config's step or its images here, and PyTorch's beside them",
+    "compile": "compile a config's step for TPUs that are not here: memory, time, traffic",
     "export": "give a generator's UNet to PyTorch diffusers",
     "ablate": "train the rows of the paper's Table 2, several seeds each, and compare them",
     "toy": "the two-mode mixture of the paper's Figure 3",
@@ -38,26 +41,42 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 success, 2 bad input, 130 interrupted."""
+    """Runs a command; returns the exit code: 0 success, 2 bad input, 130 interrupted.
+
+    Of several processes, 75 says that another one is gone, and the same command may go well.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     # Orbax logs the tracebacks of what it raises as well; the command reports that in one line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # gcsfs and google.auth likewise.
+    for name in ("absl", "gcsfs", "google"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
     try:
         dispatch(argv)
     except UserError as error:
-        print(f"dmd-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        line = " ".join(str(error).split())
+        return _fail(line, 2, f"dmd-jax: error: {line}")
     except Stopped as stopped:
+        processes.leave()
         print(f"dmd-jax: {stopped}", file=sys.stderr)
         return 130 if stopped.signal_number == signal.SIGINT else 0
     except KeyboardInterrupt:
-        print("dmd-jax: interrupted", file=sys.stderr)
-        return 130
+        return _fail("interrupted", 130, "dmd-jax: interrupted")
+    except Exception:
+        processes.end_by_a_bug()
+        raise
+    processes.leave()
     return 0
+
+
+def _fail(line: str, code: int, said: str) -> int:
+    """The exit code of a process of its own; one of several ends here, and the others with it."""
+    processes.end(line, code, said)
+    print(said, file=sys.stderr)
+    return code
 
 
 def dispatch(argv: Sequence[str]) -> None:

@@ -20,10 +20,7 @@ from jax.experimental import multihost_utils
 
 from dmd_jax.arguments import (
     SAMPLER_OPTIONS,
-    add_process_arguments,
     add_sampler_arguments,
-    end_on_sigterm,
-    join_processes,
     make_images,
     refuse,
 )
@@ -36,9 +33,10 @@ from dmd_jax.evaluation.features import Features, check_fit, feature_extractor
 from dmd_jax.evaluation.measures import measure
 from dmd_jax.evaluation.parts import Rows, claim, release
 from dmd_jax.evaluation.reference import Reference, open_reference, save_reference
-from dmd_jax.files import write_json
+from dmd_jax.files import local_path, path_of, write_json
 from dmd_jax.models import complete
 from dmd_jax.models.inception import PREPROCESSINGS
+from dmd_jax.processes import add_process_arguments, join_processes
 from dmd_jax.provenance import command_line, machine
 from dmd_jax.text_to_image import is_text_to_image
 from dmd_jax.weights import params_sha256
@@ -64,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "vgg16, or package.module:function (images [N, H, W, C] -> [N, D])",
     )
     parser.add_argument(
-        "--inception", type=Path, metavar="FILE", help="of `dmd-jax convert inception`"
+        "--inception", type=path_of, metavar="FILE", help="of `dmd-jax convert inception`"
     )
     parser.add_argument(
         "--inception-preprocessing",
@@ -73,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how images reach inception; tensorflow where EDM's statistics are the reference",
     )
     parser.add_argument(
-        "--lpips", type=Path, metavar="FILE", help="of `dmd-jax convert lpips`, for vgg16"
+        "--lpips", type=path_of, metavar="FILE", help="of `dmd-jax convert lpips`, for vgg16"
     )
     parser.add_argument(
         "--vgg-resolution",
@@ -102,13 +100,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images of each side, at most, for precision and recall; 0 leaves them out "
         "(default: 10000)",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument("--out", type=local_path, required=True, metavar="FILE.json")
     parser.add_argument(
-        "--samples", type=Path, metavar="FILE.npz", help="keep images and labels, or tokens"
+        "--samples", type=local_path, metavar="FILE.npz", help="keep images and labels, or tokens"
     )
     parser.add_argument(
         "--save-reference",
-        type=Path,
+        type=local_path,
         metavar="FILE.npz",
         help="keep the statistics of the real images, for --reference",
     )
@@ -157,10 +155,14 @@ def _run(args: argparse.Namespace) -> None:
     names, folder = _names(args), args.out.with_suffix(".parts")
     if args.num is None:
         args.num = NUM_SAMPLES if args.coco is None else NUM_CAPTIONS
-    _check_arguments(args, names)
-    _check_outputs(args, folder)
-    join_processes(args)
-    end_on_sigterm()
+
+    def prepare() -> tuple[None, dict[str, Any]]:
+        _check_arguments(args, names)
+        _check_outputs(args, folder)
+        given = {name: str(value) for name, value in vars(args).items() if name != "process"}
+        return None, {"command": "evaluate", **given}
+
+    join_processes(args, prepare)
     subject = _subject(args)
     samples = subject.samples
     features, reference = open_judges(args, samples.sample_shape)

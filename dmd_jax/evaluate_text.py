@@ -6,7 +6,6 @@ import argparse
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from dmd_jax.evaluation.coco import read_captions
 from dmd_jax.evaluation.collect import Counter, Subject
 from dmd_jax.evaluation.latency import WARM_UP, latency
 from dmd_jax.evaluation.parts import Rows
+from dmd_jax.files import local_path
 from dmd_jax.generation import draw_latents
 from dmd_jax.models import complete
 from dmd_jax.models.clip_text import check_tokens
@@ -37,14 +37,14 @@ def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("images of text, judged as those of COCO's captions")
     group.add_argument(
         "--coco",
-        type=Path,
+        type=local_path,
         metavar="CAPTIONS",
         help="COCO's captions .json, of which one an image is taken, or a .txt of a caption a "
         "line; --num of them, evenly spread",
     )
     group.add_argument(
         "--clip",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="of `dmd-jax convert clip`: adds the CLIP score; its vision tower, 7.4 GB of bigG, is "
         "on each device beside what makes images",

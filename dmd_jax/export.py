@@ -22,7 +22,7 @@ from dmd_jax.convert.part_weights import DIFFUSERS
 from dmd_jax.convert.torch_layout import to_torch, torch_key, torch_shape
 from dmd_jax.convert.whole_folder import check_free, resolved, whole_folder
 from dmd_jax.errors import UserError
-from dmd_jax.files import write_json
+from dmd_jax.files import local_path, path_of, write_json
 from dmd_jax.models import complete
 from dmd_jax.models.unet2d_condition import UNet2DConditionModel
 from dmd_jax.safetensors_stream import write_safetensors
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     summary = "the UNet and a one-step scheduler, as diffusers loads them"
     diffusers = kinds.add_parser("diffusers", help=summary, description=summary)
     diffusers.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a weights folder or a run's workdir"
+        "checkpoint", type=path_of, metavar="CHECKPOINT", help="a weights folder or a run's workdir"
     )
-    diffusers.add_argument("out", type=Path, metavar="OUT_FOLDER", help="the folder to make")
+    diffusers.add_argument("out", type=local_path, metavar="OUT_FOLDER", help="the folder to make")
     diffusers.add_argument(
         "--dtype", choices=list(_DTYPES), default="float32", help="of the file (default: float32)"
     )

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from dmd_jax.errors import UserError
-from dmd_jax.files import write_whole
+from dmd_jax.files import in_bucket, write_whole
 from dmd_jax.pictures import save_png
+
+_LINES, _EVENTS = "metrics.jsonl", "tensorboard"
+_SECONDS_BETWEEN_UPLOADS = 30.0
 
 
 class MetricsWriter:
     """WORKDIR/metrics.jsonl, TensorBoard events in WORKDIR/tensorboard, WORKDIR/pictures/*.png.
+
+    What is in a bucket cannot be appended to. There the lines are written whole, at most twice a
+    minute, and the events as one more file, whenever `flush` is called and at the end.
 
     Args:
       step: where the run goes on; lines of later steps, which will be written again, are dropped.
@@ -29,12 +35,15 @@ class MetricsWriter:
         self._enabled = enabled
         if not enabled:
             return
-        self._workdir = workdir
-        path = workdir / "metrics.jsonl"
+        self._workdir = self._local = workdir
+        self._temporary = tempfile.TemporaryDirectory() if in_bucket(workdir) else None
+        if self._temporary:
+            self._local = Path(self._temporary.name)
+        self._uploaded = time.monotonic()
         with self._writing():
-            _drop_after(path, step)
-            self._file = path.open("a", encoding="utf-8")
-            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+            _copy_until(step, workdir, self._local)
+            self._file = (self._local / _LINES).open("a", encoding="utf-8")
+            self._events = self._new_events(purge_step=step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes one line and one event a scalar."""
@@ -45,6 +54,9 @@ class MetricsWriter:
             self._file.flush()
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+            due = time.monotonic() - self._uploaded > _SECONDS_BETWEEN_UPLOADS
+            if self._temporary and due:
+                self._upload_lines()
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a uint8 [H, W, C] image."""
@@ -54,10 +66,52 @@ class MetricsWriter:
             save_png(self._workdir / "pictures" / f"{name}-{step:07d}.png", image)
             self._events.add_image(name, image, step, dataformats="HWC")
 
+    def flush(self) -> None:
+        """Puts all that was written into the workdir, to be called before each checkpoint.
+
+        A run that goes on from there then has every line before it.
+        """
+        if self._enabled and self._temporary:
+            with self._writing():
+                self._upload_lines()
+                self._upload_events()
+                self._events = self._new_events()
+
     def close(self) -> None:
-        if self._enabled:
-            self._file.close()
-            self._events.close()
+        if not self._enabled:
+            return
+        failed = sys.exc_info()[0] is not None
+        self._file.close()
+        self._events.close()
+        if self._temporary:
+            try:
+                with self._writing():
+                    self._upload_lines()
+                    self._upload_events()
+            except UserError:
+                if not failed:  # else it would hide what ended the run
+                    raise
+            finally:
+                self._temporary.cleanup()
+
+    def _new_events(self, **options: int):
+        # It brings the clients of Google's and Amazon's clouds where those are installed.
+        from tensorboardX import SummaryWriter
+
+        # The names are those of seconds, and in a bucket a file of the same name is replaced.
+        suffix = f".{time.time_ns()}" if self._temporary else ""
+        return SummaryWriter(str(self._local / _EVENTS), filename_suffix=suffix, **options)
+
+    def _upload_lines(self) -> None:
+        (self._workdir / _LINES).upload(self._local / _LINES)
+        self._uploaded = time.monotonic()
+
+    def _upload_events(self) -> None:
+        """Ends the file of events, so that each is uploaded once."""
+        self._events.close()
+        for path in sorted((self._local / _EVENTS).iterdir()):
+            (self._workdir / _EVENTS / path.name).upload(path)
+            path.unlink()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -70,7 +124,7 @@ class MetricsWriter:
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """The lines of WORKDIR/metrics.jsonl, in order; a line torn by a kill is left out."""
-    path = workdir / "metrics.jsonl"
+    path = workdir / _LINES
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -80,11 +134,12 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     return lines
 
 
-def _drop_after(path: Path, step: int) -> None:
-    if not path.exists():
+def _copy_until(step: int, workdir: Path, folder: Path) -> None:
+    """Writes the workdir's lines up to this step into `folder`, which may be the same."""
+    if not (workdir / _LINES).exists():
         return
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    kept = [line for line in read_metrics(workdir) if line["step"] <= step]
+    write_whole(folder / _LINES, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 class Progress:

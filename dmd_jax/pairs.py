@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dmd_jax.arguments import add_run_arguments, end_on_sigterm, run_config
+from dmd_jax.arguments import add_run_arguments, run_config
 from dmd_jax.config import save_config
 from dmd_jax.data.loader import EpochOrder
 from dmd_jax.data.pairs import write_pairs
@@ -24,6 +23,7 @@ from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
 from dmd_jax.metrics import Progress
 from dmd_jax.models import complete
 from dmd_jax.models.clip_text import check_tokens
+from dmd_jax.processes import wait_for_all
 from dmd_jax.text_to_image import TEXT_SAMPLERS, LatentMaker, load_pipeline
 from dmd_jax.tokenizer import Tokenizer
 from dmd_jax.weights import Weights, denoiser_of, params_sha256
@@ -37,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config = run_config(args, "pairs")
-    end_on_sigterm()
     options = config.pairs
     teacher = teacher_of(config)
     with_text = denoiser_of(teacher).cond_shape is not None
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     )
     plan.warn()
     # What follows, training perhaps, needs the shards of all.
-    multihost_utils.sync_global_devices("pairs")
+    wait_for_all()
     if first:
         print(f"pairs: {options.count:,} in {args.workdir}")
 

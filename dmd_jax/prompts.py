@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dmd_jax.data.prompt_rows import KEYS
 from dmd_jax.data.prompts import SHARD_SIZE, write_prompts
+from dmd_jax.files import path_of
 from dmd_jax.metrics import Progress
 
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a .txt (a prompt a line), .jsonl, .parquet or WebDataset .tar; a folder of them; "
         "or a quoted pattern such as 'data/*.tar'",
     )
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to make")
+    parser.add_argument("out", type=path_of, metavar="OUT_DIR", help="the folder to make")
     parser.add_argument(
         "--key",
         metavar="NAME",

@@ -17,7 +17,7 @@ from dmd_jax.errors import Stopped, UserError
 from dmd_jax.evaluation.digits_classifier import class_agreement
 from dmd_jax.evaluation.features import feature_extractor
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance, gather
-from dmd_jax.files import write_json
+from dmd_jax.files import local_path, write_json
 from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
 from dmd_jax.metrics import duration, read_metrics
 from dmd_jax.pictures import grid, save_png, to_uint8, viewing_scale
@@ -43,7 +43,7 @@ CURVES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir",
-        type=Path,
+        type=local_path,
         default=Path("runs/quickstart"),
         metavar="DIR",
         help="what is finished there is not done again (default: runs/quickstart)",

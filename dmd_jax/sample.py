@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 
 from dmd_jax.arguments import add_sampler_arguments, make_images, refuse
 from dmd_jax.errors import UserError
+from dmd_jax.files import local_path
 from dmd_jax.generation import draw_latents
 from dmd_jax.sample_files import read_latents, write_images
 from dmd_jax.sample_text import sample_text
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampler_arguments(parser)
     parser.add_argument(
         "--prompts",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="for images of text: a prompt a line, or another kind that `dmd-jax prompts` takes",
     )
@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", action="append", metavar="TEXT", help="likewise; may be given several times"
     )
     parser.add_argument(
-        "--latents", metavar="Z.npy", type=Path, help="float [N, H, W, C], instead of the seed's"
+        "--latents",
+        metavar="Z.npy",
+        type=local_path,
+        help="float [N, H, W, C], instead of the seed's",
     )
     parser.add_argument(
         "--labels", metavar="0,1,2", help="classes, repeated to the number; default: all in turn"
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="FILE|FOLDER",
         help="a .png grid, or an .npy of float32 [N, H, W, C] in [-1, 1]; of text also a folder "

@@ -16,7 +16,7 @@ from dmd_jax.auxiliary import LPIPS, describe_auxiliary
 from dmd_jax.cli import run_step
 from dmd_jax.data.pairs_metadata import read_metadata
 from dmd_jax.errors import UserError
-from dmd_jax.files import write_json
+from dmd_jax.files import path_of, write_json
 from dmd_jax.generation import ImageMaker, draw_latents
 from dmd_jax.weights import load_weights
 
@@ -40,7 +40,7 @@ class Study(NamedTuple):
 
     def baselines(self) -> dict[str, dict[str, Any]]:
         """{name: evaluate's results} of the teacher in many steps and in one."""
-        teacher = Path(self.config.teacher.weights)
+        teacher = path_of(self.config.teacher.weights)
         steps = str(self.config.pairs.num_steps)
         return {
             name: self._evaluated(self.workdir / name, teacher, sampler)
@@ -53,7 +53,7 @@ class Study(NamedTuple):
     def make_pairs(self) -> Path:
         """The folder of the pairs, which are made where the config names none."""
         if self.config.pairs.folder:
-            return Path(self.config.pairs.folder)
+            return path_of(self.config.pairs.folder)
         folder = self.workdir / "pairs"
         run_step("pairs", *self.arguments, "--workdir", folder)
         return folder
@@ -83,7 +83,7 @@ class Study(NamedTuple):
 
     def images(self, rows: Sequence[str], seed: int) -> dict[str, np.ndarray]:
         """{label: [COLUMNS, H, W, C]} of the teacher and of each row, from the same latents."""
-        teacher, steps = Path(self.config.teacher.weights), self.config.pairs.num_steps
+        teacher, steps = path_of(self.config.teacher.weights), self.config.pairs.num_steps
         makers = {
             f"teacher, {steps} steps": (teacher, "heun"),
             "teacher, one step": (teacher, "one-step"),
@@ -142,7 +142,7 @@ def _contents(config: ConfigDict, pairs: Path) -> dict[str, Any]:
     names = ("seed", "count", "num_steps", "teacher_sha256")
     contents: dict[str, Any] = {"pairs": {name: getattr(metadata, name) for name in names}}
     if config.distance == "lpips" and config.regression_weight:
-        lpips = describe_auxiliary(Path(config.lpips.weights), LPIPS)
+        lpips = describe_auxiliary(path_of(config.lpips.weights), LPIPS)
         contents["lpips_sha256"] = lpips["params_sha256"]
     return contents
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dmd_jax.discrete_samplers import SPACINGS
 from dmd_jax.errors import UserError, first_line
+from dmd_jax.files import path_of
 from dmd_jax.weights import Weights, load_weights
 
 DECODERS = ("vae", "taesd")
@@ -25,13 +26,13 @@ def parts_folder(folder: str | Path, parts: str | Path | None = None) -> Path:
       UserError: there is none.
     """
     if parts is not None:
-        if not _has_parts(Path(parts)):
+        if not _has_parts(path_of(parts)):
             raise UserError(
                 f"--parts {parts} has no text_encoder folder in it; expected a folder that "
                 "`dmd-jax convert diffusers` wrote"
             )
-        return Path(parts)
-    place, seen = Path(folder), []
+        return path_of(parts)
+    place, seen = path_of(folder), []
     while not _has_parts(place):
         seen.append(place)
         teacher = _teacher_of(place) or _teacher_of(place.resolve().parent)
@@ -50,7 +51,7 @@ def load_text_encoder(parts: str | Path) -> Weights:
     Raises:
       UserError: as load_weights, or another network.
     """
-    return _load(Path(parts) / "text_encoder", ("clip_text",))
+    return _load(path_of(parts) / "text_encoder", ("clip_text",))
 
 
 def load_decoder(parts: str | Path, name: str) -> Weights:
@@ -62,7 +63,7 @@ def load_decoder(parts: str | Path, name: str) -> Weights:
     Raises:
       UserError: as load_weights; another name or network; or no small one.
     """
-    parts = Path(parts)
+    parts = path_of(parts)
     if name not in DECODERS:
         raise UserError(f"decoder {name!r}; expected one of {', '.join(DECODERS)}")
     if name == "taesd" and (parts / "taesd").is_dir():
@@ -82,7 +83,7 @@ def load_sampling(parts: str | Path) -> dict[str, Any]:
     Raises:
       UserError: the file is missing or damaged, or has a value that is none.
     """
-    path = Path(parts) / _SCHEDULER
+    path = path_of(parts) / _SCHEDULER
     try:
         sampling = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -110,7 +111,7 @@ def _teacher_of(folder: Path) -> Path | None:
         weights = content["config"]["teacher"]["weights"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
-    return Path(weights) if weights and isinstance(weights, str) else None
+    return path_of(weights) if weights and isinstance(weights, str) else None
 
 
 def _load(folder: Path, names: tuple[str, ...]) -> Weights:

@@ -13,6 +13,7 @@ import numpy as np
 
 from dmd_jax import discrete_samplers, samplers
 from dmd_jax.errors import UserError
+from dmd_jax.files import path_of
 from dmd_jax.generation import LocalDevices
 from dmd_jax.models import Denoiser, build_network, complete, guided
 from dmd_jax.models.clip_text import check_tokens
@@ -67,7 +68,7 @@ def load_pipeline(
     Raises:
       UserError: a part is missing, damaged or of another kind, or does not fit the UNet.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     place = parts_folder(folder, parts)
     unet = unet or load_weights(folder)
     network = complete(unet.network)
@@ -161,7 +162,7 @@ class LatentMaker:
         devices: Sequence[jax.Device] | None = None,
     ):
         denoiser = denoiser_of(pipeline.unet, dtype=dtype)
-        sample = _sampler(sampler, denoiser, num_steps, guidance, pipeline.sampling)
+        sample = latent_sampler(sampler, denoiser, num_steps, guidance, pipeline.sampling)
         self.latent_shape = tuple(latent_shape or denoiser.sample_shape)
         self._vocab_size = complete(pipeline.text_encoder.network)["vocab_size"]
         self._devices = LocalDevices(batch_size, devices)
@@ -225,14 +226,21 @@ def pixels_a_latent(decoder: Weights) -> int:
     return jax.eval_shape(image_decoder(decoder.network), decoder.params, latent).shape[1]
 
 
-def _sampler(
+def latent_sampler(
     name: str,
     denoiser: Denoiser,
     num_steps: int,
     guidance: float,
     sampling: dict[str, Any],
 ) -> Callable[[Params, jax.Array, jax.Array, jax.Array | None], jax.Array]:
-    """(params, z, cond, uncond) -> latents; uncond is not used where guidance is 1."""
+    """(params, z, cond, uncond) -> latents; uncond is not used where guidance is 1.
+
+    Args:
+      name: one of TEXT_SAMPLERS. sampling: as of Pipeline.
+
+    Raises:
+      UserError: an unknown sampler, or an impossible number of steps or guidance.
+    """
     schedule = denoiser.schedule
     if name not in TEXT_SAMPLERS:
         raise UserError(

@@ -20,7 +20,8 @@ import numpy as np
 
 from dmd_jax.convert.given_folder import GivenFolder, answered
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.files import write_json
+from dmd_jax.files import in_bucket, path_of, write_json
+from dmd_jax.local_copies import local_folder
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
@@ -101,9 +102,13 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
       UserError: as read_files; transformers is not installed, or cannot read the files; a special
         token that has no number.
     """
-    path = Path(folder)
+    path = path_of(folder)
     if not answered(path.is_dir):
         raise UserError(f"{path}: no such folder, expected a pipeline's tokenizer folder")
+    if in_bucket(path):
+        path = local_folder(
+            path, [name for name in path.files() if name in (*_PASSED_ON, "merges.txt")]
+        )
     given = GivenFolder(path, path.name)
     values, known = read_files(given)
     with _without_warnings(), tempfile.TemporaryDirectory() as folder_of_copies:

@@ -21,7 +21,7 @@ from dmd_jax import state
 from dmd_jax.config import resolve_config, save_config
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import check_ranges, fake_weight_of, loss_options
-from dmd_jax.files import write_json
+from dmd_jax.files import local_path, write_json
 from dmd_jax.metrics import MetricsWriter, Progress
 from dmd_jax.pictures import save_png
 from dmd_jax.plane import Plane, make_plane, measure
@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="configs/toy2d.py or one like it; --config.KEY=VALUE overrides a value",
     )
     parser.add_argument(
-        "--workdir", metavar="DIR", required=True, type=Path, help="where figure3.png is written"
+        "--workdir",
+        metavar="DIR",
+        required=True,
+        type=local_path,
+        help="where figure3.png is written",
     )
 
 

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 from dmd_jax.checkpoints import check_same_architecture, restore_subtree
 from dmd_jax.convert.given_folder import answered
 from dmd_jax.errors import UserError
-from dmd_jax.files import write_json
+from dmd_jax.files import path_of, write_json
+from dmd_jax.local_copies import local_copy
 from dmd_jax.models import Denoiser, abstract_params, build_denoiser
 from dmd_jax.safetensors_stream import write_safetensors
 
@@ -90,7 +91,7 @@ def load_weights(folder: Path) -> Weights:
     Raises:
       UserError: the folder is neither, cannot be read, or does not fit its own config.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     return _load_workdir(folder) if _is_workdir(folder) else _load_folder(folder)
 
 
@@ -100,7 +101,7 @@ def network_of(folder: Path) -> dict[str, Any]:
     Raises:
       UserError: the folder is neither, or its config cannot be read.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     is_workdir = _is_workdir(folder)
     config = _read_json(folder / "config.json", needs="config" if is_workdir else "network")
     return _network(config["config"] if is_workdir else config, folder)
@@ -147,7 +148,7 @@ def _network(config: Any, folder: Path) -> dict[str, Any]:
 def _load_folder(folder: Path) -> Weights:
     config = _read_json(folder / "config.json", needs="network")
     try:
-        flat = load_file(folder / "model.safetensors")
+        flat = load_file(local_copy(folder / "model.safetensors"))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
     recorded = config.get("params_sha256")

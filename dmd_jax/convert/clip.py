@@ -30,7 +30,7 @@ from dmd_jax.convert.torch_layout import torch_key, torch_shape
 from dmd_jax.convert.whole_folder import converted, copy_files, resolved, whole_folder
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation.clip_folder import CLIP_FILE, TEXT, TOKENIZER, Preparation
-from dmd_jax.files import write_json
+from dmd_jax.files import local_path, write_json
 from dmd_jax.models import abstract_params
 from dmd_jax.weights import Weights, save_leaves
 
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER|HUB_ID",
         help="a CLIPModel of transformers with its processor; or owner/name on the hub",
     )
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to make")
+    parser.add_argument("out", type=local_path, metavar="OUT_DIR", help="the folder to make")
     parser.add_argument("--revision", help="branch, tag or commit of the hub id")
 
 

@@ -21,7 +21,7 @@ from dmd_jax.convert.part_weights import DIFFUSERS, TRANSFORMERS, has_weights, w
 from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.convert.whole_folder import converted, copy_files, resolved, whole_folder
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.files import file_sha256, write_json
+from dmd_jax.files import file_sha256, local_path, write_json
 from dmd_jax.tokenizer import read_files
 from dmd_jax.weights import Weights, save_leaves
 
@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER|HUB_ID",
         help="a diffusers folder of Stable Diffusion 1.x or 2.x; or owner/name on the hub",
     )
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="the weights folder to make")
+    parser.add_argument(
+        "out", type=local_path, metavar="OUT_DIR", help="the weights folder to make"
+    )
     parser.add_argument(
         "--taesd",
         metavar="FOLDER|HUB_ID",

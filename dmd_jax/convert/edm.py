@@ -24,7 +24,7 @@ from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.convert.torch_layout import from_torch, torch_key, torch_shape
 from dmd_jax.convert.whole_folder import converted, resolved, whole_folder
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.files import file_sha256
+from dmd_jax.files import file_sha256, local_path
 from dmd_jax.models import abstract_params, build_denoiser, complete
 from dmd_jax.weights import Weights, save_weights
 
@@ -39,11 +39,13 @@ _UNCLAMPED = {"sigma_min": (0, None), "sigma_max": (math.inf, None)}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        type=Path,
+        type=local_path,
         metavar="SRC",
         help="a released .pkl; or a state dict, .npz, .safetensors or .pth",
     )
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="the weights folder to make")
+    parser.add_argument(
+        "out", type=local_path, metavar="OUT_DIR", help="the weights folder to make"
+    )
     parser.add_argument(
         "--config",
         metavar="FILE[:ARGUMENT]",

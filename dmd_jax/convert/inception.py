@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
@@ -14,7 +13,7 @@ from dmd_jax.auxiliary import INCEPTION, check_free, save_auxiliary
 from dmd_jax.convert.strict import check_floating, check_names_and_shapes
 from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.errors import UserError
-from dmd_jax.files import file_sha256
+from dmd_jax.files import file_sha256, local_path
 from dmd_jax.models.inception import CLASSES, FEATURES, inception_template
 
 # The published file bears the beginning of its SHA-256 in its name.
@@ -25,8 +24,8 @@ _NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SRC.pth", help=f"{PUBLISHED_NAME}")
-    parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="the file to write")
+    parser.add_argument("source", type=local_path, metavar="SRC.pth", help=f"{PUBLISHED_NAME}")
+    parser.add_argument("out", type=local_path, metavar="OUT.safetensors", help="the file to write")
     parser.add_argument(
         "--accept-other",
         action="store_true",

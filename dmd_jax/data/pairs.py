@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 
 from dmd_jax.data.pairs_metadata import PairsMetadata, TextPairsMetadata, read_metadata
 from dmd_jax.data.shards import ShardReader, write_shards
 from dmd_jax.errors import UserError
+from dmd_jax.files import path_of
 
 
 def write_pairs(
@@ -81,7 +81,7 @@ class PairSource:
         num_classes: int,
         token_length: int | None = None,
     ):
-        self._folder = Path(folder)
+        self._folder = path_of(folder)
         self.metadata = read_metadata(folder)
         self.sample_shape = self.metadata.sample_shape
         self.num_classes = self.metadata.num_classes

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.errors import UserError, first_line
+from dmd_jax.files import local_path
 
 KEYS = ("caption", "text", "prompt")
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".tar")
@@ -167,7 +168,7 @@ class PromptRows:
 
 
 def _find_files(source: str) -> list[Path]:
-    path = Path(source)
+    path = local_path(source)
     if path.is_dir():
         files = _in_folder(path)
     elif path.exists() or not glob.has_magic(source):

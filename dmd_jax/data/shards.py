@@ -2,7 +2,9 @@
 
 A folder holds metadata.json and the shards KIND-00000-of-00040.array_record, …; shard s holds the
 records s * shard_size and following. ArrayRecord keeps and checks a 64-bit hash of every record, so
-a record that was damaged on disk is noticed when it is read.
+a record that was damaged on disk is noticed when it is read. ArrayRecord reads and writes files on
+a disk alone: the shards of a bucket are written on this host and then copied there, and are copied
+to this host, all of them, before they are read.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ import logging
 import operator
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from dmd_jax.data.shards_metadata import METADATA_FILE, ShardedMetadata, read_metadata
 from dmd_jax.errors import UserError
+from dmd_jax.files import in_bucket, path_of, replacing
+from dmd_jax.local_copies import local_folder
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +57,19 @@ def write_shards(
     Raises UserError if the folder holds others (naming the keys that differ; nothing is
     overwritten) and if it cannot be written to (finished shards are kept).
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     _claim_folder(folder, metadata, process_index)
     shards = range(process_index, metadata.num_shards, process_count)
     sizes = {shard: len(range(*metadata.shard_range(shard))) for shard in shards}
-    missing = [
-        shard
-        for shard in shards
-        if not _is_whole(folder / metadata.shard_name(shard), sizes[shard], metadata.KIND)
-    ]
+    if in_bucket(folder):
+        present = folder.files()  # each was counted before it was copied there
+        missing = [shard for shard in shards if metadata.shard_name(shard) not in present]
+    else:
+        missing = [
+            shard
+            for shard in shards
+            if not _is_whole(folder / metadata.shard_name(shard), sizes[shard], metadata.KIND)
+        ]
     total = sum(sizes.values())
     done = total - sum(sizes[shard] for shard in missing)
     if progress:
@@ -77,35 +85,37 @@ def write_shards(
 class ShardReader:
     """The records of a finished folder. May be pickled, and read from several threads.
 
-    Shards are opened when they are first read.
+    Shards are opened when they are first read; those of a bucket are copied to this host at once.
 
-    Raises UserError if shards are missing or truncated, and, when a record is read, if it is
-    damaged.
+    Raises UserError if shards are missing or truncated, or cannot be copied, and, when a record is
+    read, if it is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike, metadata: ShardedMetadata):
-        self._folder, self._metadata = Path(folder), metadata
+        self._folder, self._metadata = path_of(folder), metadata
+        self._local = self._folder  # where they are read
         self._check_shards()
         self._readers, self._lock = collections.OrderedDict(), threading.Lock()
 
     def _check_shards(self) -> None:
         kind, shards = self._metadata.KIND, range(self._metadata.num_shards)
-        present = set(os.listdir(self._folder))
-        missing = [name for name in map(self._metadata.shard_name, shards) if name not in present]
+        present = {path.name for path in self._folder.iterdir()}
+        names = [self._metadata.shard_name(shard) for shard in shards]
+        missing = [name for name in names if name not in present]
         if missing:
             named = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
             raise UserError(
                 f"{self._folder}: {len(missing)} of {len(shards)} shards are missing ({named}): "
                 f"not finished, run {kind} again"
             )
-        for shard in shards:
-            path = self._folder / self._metadata.shard_name(shard)
+        self._local = local_folder(self._folder, names)
+        for shard, name in enumerate(names):
             start, stop = self._metadata.shard_range(shard)
-            found = _count_records(path)
+            found = _count_records(self._local / name)
             if found != stop - start:
                 raise UserError(
-                    f"{path}: truncated or damaged, {found} {kind} are readable, expected "
-                    f"{stop - start}: run {kind} again to make this shard anew"
+                    f"{self._folder / name}: truncated or damaged, {found} {kind} are readable, "
+                    f"expected {stop - start}: run {kind} again to make this shard anew"
                 )
 
     def __len__(self) -> int:
@@ -135,7 +145,7 @@ class ShardReader:
         with self._lock:
             reader = self._readers.pop(shard, None)
             if reader is None:
-                reader = _open_reader(self._folder / self._metadata.shard_name(shard))
+                reader = _open_reader(self._local / self._metadata.shard_name(shard))
             self._readers[shard] = reader
             # Not closed here: another thread may be reading from it, and the last one closes it.
             if len(self._readers) > MAX_OPEN_SHARDS:
@@ -191,47 +201,56 @@ def _claim_folder(folder: Path, metadata: ShardedMetadata, process_index: int) -
         return
     if has_shards:
         raise UserError(f"{folder}: holds shards but no {METADATA_FILE}, expected another folder")
-    # All processes write the same bytes, so it does not matter whose file stays.
-    temporary = folder / f"{METADATA_FILE}.{process_index}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
-        _rename_synced(temporary, path)
+        # All processes write the same bytes, so it does not matter whose file stays.
+        with _appearing(path, f".{process_index}.tmp") as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
     except OSError as error:
         raise _not_written(path, error, kind) from error
-    finally:
-        _remove(temporary)
 
 
 def _write_shard(path: Path, records: Iterable[bytes], size: int, kind: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        # Groups of one record are what random access wants; noise does not compress.
-        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        try:
-            for record in records:
-                writer.write(record)
-        finally:
-            writer.close()  # most write failures surface only here
-        if _count_records(temporary) != size:
-            raise OSError(f"fewer than its {size} {kind} can be read back")
-        _rename_synced(temporary, path)
+        with _appearing(path, ".tmp") as temporary:
+            # Groups of one record are what random access wants; noise does not compress.
+            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+            try:
+                for record in records:
+                    writer.write(record)
+            finally:
+                writer.close()  # most write failures surface only here
+            if _count_records(temporary) != size:
+                raise OSError(f"fewer than its {size} {kind} can be read back")
     except (OSError, RuntimeError) as error:
         raise _not_written(path, error, kind) from error
+
+
+@contextlib.contextmanager
+def _appearing(path: Path, suffix: str) -> Iterator[Path]:
+    """As files.replacing, but what takes the name `path` is on the disk first.
+
+    Args:
+      suffix: of the temporary name beside it, to which a run that was killed leaves its file.
+    """
+    if in_bucket(path):
+        with replacing(path) as temporary:
+            yield temporary
+        return
+    temporary = path.with_name(path.name + suffix)
+    try:
+        yield temporary
+        _rename_synced(temporary, path)
     finally:
-        _remove(temporary)
+        # What cannot be removed is written over by the next run, and hides no earlier error here.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _rename_synced(temporary: Path, path: Path) -> None:
     with open(temporary, "rb") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, path)
-
-
-def _remove(temporary: Path) -> None:
-    # What cannot be removed is written over by the next run, and hides no earlier error here.
-    with contextlib.suppress(OSError):
-        temporary.unlink()
 
 
 def _not_written(path: Path, error: Exception, kind: str) -> UserError:

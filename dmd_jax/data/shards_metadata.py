@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from dmd_jax.errors import UserError
+from dmd_jax.files import path_of
 
 METADATA_FILE = "metadata.json"
 MAX_SHARDS = 100_000  # a shard's name has five digits
@@ -66,7 +66,7 @@ def read_metadata(folder: str | os.PathLike, *kinds: type[Metadata]) -> Metadata
 
     Raises UserError if it is missing, damaged or incomplete.
     """
-    path = Path(folder) / METADATA_FILE
+    path = path_of(folder) / METADATA_FILE
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError as error:
