@@ -61,8 +61,8 @@ setup(
             *GCS,
             *TEXT,
         ],
-        # The oracle of some tests and the peer of `dmd-jax bench`; tests/requirements-torch.txt says
-        # why this release.
+        # The oracle of some tests, and the peer of `dmd-jax bench`; why this release is said in
+        # tests/requirements-torch.txt.
         "torch": ["diffusers>=0.40", "torch==2.13.0", *TEXT],
     },
     classifiers=[

@@ -6,6 +6,7 @@ import pytest
 from jax import lax
 
 from dmd_jax.flops import count_flops
+from dmd_jax.models.attention import at_once, attend
 from dmd_jax.sharding import make_mesh
 
 
@@ -61,3 +62,15 @@ def test_devices_add_up():
     mesh, rows = make_mesh(data=8), jax.P("data")
     split = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=rows, out_specs=rows)
     assert count_flops(split, array(16, 5)) == 8 * 2 * 2 * 2 * 5
+
+
+def test_attention_in_parts_counts_once():
+    """Its logits are made again in the backward pass, to save memory; a model needs them once."""
+    shape = array(1, 2048, 1, 8)
+    loss = lambda q, k, v: jnp.sum(attend(q, k, v))  # noqa: E731
+    both = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    product = 2 * 2048**2 * 8
+    # Forward q k^T and p v; backward two for each.
+    with at_once():
+        assert count_flops(both, shape, shape, shape) == 6 * product
+    assert count_flops(both, shape, shape, shape) > 6 * product

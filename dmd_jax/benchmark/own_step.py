@@ -10,11 +10,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmd_jax.benchmark.random_arrays import random_batch, random_weights
-from dmd_jax.distillation import method_of, optimizers_of
-from dmd_jax.distillation.program import Program, program_of
-from dmd_jax.experiment import loss_options, shardings_of
-from dmd_jax.flops import count_flops
+from dmd_jax.distillation.program import abstract_program, model_flops
+from dmd_jax.experiment import shardings_of
 from dmd_jax.models import complete
+from dmd_jax.sharding import bytes_a_device
 
 
 class OwnStep:
@@ -30,18 +29,18 @@ class OwnStep:
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
-        program = _program(config, mesh)
-        abstract = _abstract(program, config)
+        program = abstract_program(config, mesh)
+        abstract = program.arguments(config)
         lowered = program.step(config).lower(*abstract)
         began = time.perf_counter()
         self._compiled = lowered.compile()
         self._facts = {"compile_seconds": time.perf_counter() - began}
-        self._facts["state_bytes"] = sum(map(_own_bytes, jax.tree.leaves(program.state)))
+        self._facts["state_bytes"] = bytes_a_device(program.state)
         self.params = (random_weights(program.teacher), random_weights(program.perceptual))
         self.batch = random_batch(abstract[3], _limits(config))
         initialize = jax.jit(program.initialize, out_shardings=shardings_of(program.state))
         self.state = initialize(self.params[0])
-        self.images, self.flops = config.batch_size, model_flops(config, mesh)
+        self.images, self.flops = config.batch_size, model_flops(config)
 
     def __call__(self) -> dict[str, jax.Array]:
         """One step; returns its metrics, ready."""
@@ -93,32 +92,6 @@ def delete(tree: Any) -> None:
     """Frees the memory of a tree's arrays."""
     for leaf in jax.tree.leaves(tree):
         leaf.delete()
-
-
-def _program(config: ConfigDict, mesh: Mesh) -> Program:
-    method = method_of(config)
-    loss_options(config, method.schedule)
-    return program_of(config, method, optimizers_of(config), mesh, method.arguments())
-
-
-def _abstract(program: Program, config: ConfigDict) -> tuple[Any, ...]:
-    """What the step takes."""
-    return program.state, program.teacher, program.perceptual, program.batch(config)
-
-
-def model_flops(config: ConfigDict, mesh: Mesh) -> int:
-    """Of a step of the whole batch, without what is computed again to save memory."""
-    config = ConfigDict(config.to_dict() | {"remat": "none"})
-    program = _program(config, mesh)
-    return count_flops(program.step(config), *_abstract(program, config))
-
-
-def _own_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    """Of a leaf's part on one device."""
-    size = leaf.dtype.itemsize
-    for length in leaf.sharding.shard_shape(leaf.shape):
-        size *= length
-    return size
 
 
 def _limits(config: ConfigDict) -> dict[str, int]:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import re
 
+from dmd_jax.compilation.topology import CHIPS
+
 # bfloat16 operations a second, dense, of what JAX counts as one device: for TPU v2 and v3 that is
 # one of a chip's two cores.
-_TPU = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+_TPU = {"TPU v2": 22.5e12, "TPU v3": 61.5e12} | {
+    kind: chip.peak_flops for chip in CHIPS.values() for kind in chip.kinds
 }
 # By the words that the device's name has among others; the first row that fits.
 _GPU = (

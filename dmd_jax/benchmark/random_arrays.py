@@ -67,7 +67,7 @@ def _bits(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
 @functools.cache
 def _floats(leaf: jax.ShapeDtypeStruct):
     def make(seed, scale):
-        uniform = _bits(leaf.shape, seed).astype(jnp.float32) / 2**31 - 1
+        uniform = _bits(leaf.shape, seed).astype(jnp.float32) * 2.0**-31 - 1
         return (math.sqrt(3) * scale * uniform).astype(leaf.dtype)
 
     return jax.jit(make, out_shardings=leaf.sharding)

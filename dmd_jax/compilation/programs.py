@@ -11,9 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmd_jax.config import stages_of
-from dmd_jax.distillation import method_of, optimizers_of
-from dmd_jax.distillation.program import Program, program_of
-from dmd_jax.experiment import check_batches, loss_options
+from dmd_jax.distillation.program import abstract_program, model_flops
+from dmd_jax.experiment import check_batches
 from dmd_jax.flops import count_flops
 from dmd_jax.generation import LocalDevices, image_sampler
 from dmd_jax.models import Denoiser, abstract_params, build_denoiser
@@ -53,13 +52,7 @@ def compilable(config: ConfigDict, what: str, devices: Sequence[jax.Device]) -> 
 def _training(config: ConfigDict, mesh: Mesh) -> Compilable:
     _, stage = stages_of(config)[-1]
     check_batches(stage, mesh, "config")
-    program = _program(config, mesh)
-
-    def flops() -> int:
-        plain = ConfigDict(stage.to_dict() | {"remat": "none"})
-        one = make_mesh(devices=jax.devices()[:1])
-        return _of_step(_program(plain, one), plain, count_flops)
-
+    program = abstract_program(config, mesh)
     facts = {
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
@@ -71,22 +64,10 @@ def _training(config: ConfigDict, mesh: Mesh) -> Compilable:
         "state_bytes": bytes_a_device(program.state),
     }
     return Compilable(
-        lower=lambda: _of_step(program, stage, lambda step, *args: step.lower(*args)),
-        flops=flops,
+        lower=lambda: program.step(stage).lower(*program.arguments(stage)),
+        flops=lambda: model_flops(stage),
         facts=facts,
     )
-
-
-def _program(config: ConfigDict, mesh: Mesh) -> Program:
-    method = method_of(config)
-    loss_options(config, method.schedule)
-    return program_of(config, method, optimizers_of(config), mesh, method.arguments())
-
-
-def _of_step(program: Program, stage: ConfigDict, function: Callable[..., Any]) -> Any:
-    """function(step, *what the step takes)."""
-    arguments = program.state, program.teacher, program.perceptual, program.batch(stage)
-    return function(program.step(stage), *arguments)
 
 
 def _sampling(config: ConfigDict, what: str, devices: Sequence[jax.Device]) -> Compilable:

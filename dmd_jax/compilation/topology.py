@@ -25,16 +25,23 @@ class Chip(NamedTuple):
     mxu: int  # side of a matrix unit: shorter products are padded to it
     interconnect: float  # bytes a second, over all links of a chip
     sizes: tuple[str, ...]  # of slices
+    kinds: tuple[str, ...]  # what JAX calls its devices
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 GiB = 2**30
 CHIPS = {
-    "v4": Chip(32 * GiB, 275e12, 275e12 / (8 * 128**2 * 2), 128, 300e9, _CUBES),
-    "v5e": Chip(16 * GiB, 197e12, 197e12 / (4 * 128**2 * 2), 128, 200e9, _FLAT),
-    "v5p": Chip(95 * GiB, 459e12, 459e12 / (8 * 128**2 * 2), 128, 600e9, _CUBES),
-    "v6e": Chip(32 * GiB, 918e12, 918e12 / (4 * 256**2 * 2), 256, 448e9, _FLAT),
+    "v4": Chip(32 * GiB, 275e12, 275e12 / (8 * 128**2 * 2), 128, 300e9, _CUBES, ("TPU v4",)),
+    "v5e": Chip(
+        16 * GiB, 197e12, 197e12 / (4 * 128**2 * 2), 128, 200e9, _FLAT, ("TPU v5 lite", "TPU v5e")
+    ),
+    "v5p": Chip(
+        95 * GiB, 459e12, 459e12 / (8 * 128**2 * 2), 128, 600e9, _CUBES, ("TPU v5", "TPU v5p")
+    ),
+    "v6e": Chip(
+        32 * GiB, 918e12, 918e12 / (4 * 256**2 * 2), 256, 448e9, _FLAT, ("TPU v6 lite", "TPU v6e")
+    ),
 }
 # What libtpu reads where it finds no TPU; without them it asks a metadata server for minutes.
 _ENVIRONMENT = {

@@ -10,10 +10,19 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmd_jax.distillation import Optimizers, initial_state, train_step_of
+from dmd_jax.config import stages_of
+from dmd_jax.distillation import (
+    Optimizers,
+    initial_state,
+    method_of,
+    optimizers_of,
+    train_step_of,
+)
 from dmd_jax.distillation.setting import Arguments, Method
-from dmd_jax.experiment import abstract_state, shardings_of
-from dmd_jax.sharding import infer_shardings, on_rows, replicated, with_shardings
+from dmd_jax.experiment import abstract_state, loss_options, shardings_of
+from dmd_jax.flops import count_flops
+from dmd_jax.models.attention import at_once
+from dmd_jax.sharding import infer_shardings, make_mesh, on_rows, replicated, with_shardings
 from dmd_jax.train_step import Batch, Step, jit_step
 
 
@@ -26,6 +35,10 @@ class Program(NamedTuple):
     perceptual: Any
     step: Callable[[ConfigDict], Step]  # a stage's config -> its jitted step
     batch: Callable[[ConfigDict], Batch]  # and the batch that it takes
+
+    def arguments(self, stage: ConfigDict) -> tuple[Any, ...]:
+        """All that the stage's step takes."""
+        return self.state, self.teacher, self.perceptual, self.batch(stage)
 
 
 def program_of(
@@ -63,3 +76,23 @@ def program_of(
         return on_rows(whole, mesh)
 
     return Program(initialize, state, teacher, perceptual, step, batch)
+
+
+def abstract_program(config: ConfigDict, mesh: Mesh) -> Program:
+    """The program of a config alone, without weights and data.
+
+    Raises:
+      UserError: the config asks for something impossible.
+    """
+    method = method_of(config)
+    for _, stage in stages_of(config):
+        loss_options(stage, method.schedule)
+    return program_of(config, method, optimizers_of(config), mesh, method.arguments())
+
+
+def model_flops(stage: ConfigDict) -> int:
+    """Operations that a stage's step needs, without what is computed again to save memory."""
+    stage = ConfigDict(stage.to_dict() | {"remat": "none"})
+    program = abstract_program(stage, make_mesh(devices=jax.devices()[:1]))
+    with at_once():
+        return count_flops(program.step(stage), *program.arguments(stage))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +19,7 @@ MANY_QUERIES = 1024
 # latents have 16.8 million, which are 512 MB of float32 for one example's eight heads.
 MOST_LOGITS = 1 << 21
 CHUNK = 512
+_AT_ONCE: ContextVar[bool] = ContextVar("at_once", default=False)
 
 
 def attend(
@@ -62,6 +67,19 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=found)
 
 
+@contextmanager
+def at_once() -> Iterator[None]:
+    """What is traced inside attends with XLA to all at once, whatever memory that would take.
+
+    Nothing is then computed again, and all of it is there to be counted.
+    """
+    token = _AT_ONCE.set(True)
+    try:
+        yield
+    finally:
+        _AT_ONCE.reset(token)
+
+
 def implementation(q: jax.Array, k: jax.Array, *, free: bool) -> str:
     """What attends for q [B, L, H, K] and k [B, S, H, K] on the devices that a program is for.
 
@@ -74,6 +92,8 @@ def implementation(q: jax.Array, k: jax.Array, *, free: bool) -> str:
       logits. Else "parts", XLA on a part of the queries after the other, whose logits the
       backward pass computes again, where those of all would take much memory. Else "xla".
     """
+    if _AT_ONCE.get():
+        return "xla"
     mesh, (_, length, _, channels) = mesh_in_use(), q.shape
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if free and length >= MANY_QUERIES and q.dtype == jnp.bfloat16:

@@ -2,8 +2,9 @@ import jax
 from commands import TINY
 from parity import text_config
 
-from dmd_jax.benchmark.own_step import OwnStep, model_flops
+from dmd_jax.benchmark.own_step import OwnStep
 from dmd_jax.config import load_config
+from dmd_jax.distillation.program import model_flops
 from dmd_jax.experiment import mesh_of
 from dmd_jax.flops import count_flops
 from dmd_jax.models import abstract_params, build_denoiser
@@ -22,7 +23,6 @@ def test_the_step_goes_on_from_its_own_state():
 
 def test_model_flops_are_of_the_predictions_and_their_gradients():
     config = load_config(str(TINY), [])
-    mesh = mesh_of(config)
     denoiser = build_denoiser(config.network.to_dict())
 
     def prediction(params, x_t, label):
@@ -34,17 +34,15 @@ def test_model_flops_are_of_the_predictions_and_their_gradients():
     # Of 16 images three passes of the generator and of the fake score, with a gradient, and one
     # each of the two scores in the matching loss; of 8 pairs three passes more.
     passes = 16 * (3 + 3 + 1 + 1) + 8 * 3
-    found = model_flops(config, mesh)
+    found = model_flops(config)
     # No gradient of the images is taken, so that a few first layers have only two passes.
     assert 0.9 * passes * one < found < passes * one
     config.accumulation = 2
-    mesh = mesh_of(config)
-    assert model_flops(config, mesh) == found
+    assert model_flops(config) == found
 
 
 def test_what_is_computed_again_for_memory_is_no_model_flops():
     config = text_config(remat="full", batch_size=16, regression_batch_size=8)
-    mesh = mesh_of(config)
-    again = model_flops(config, mesh)
+    again = model_flops(config)
     config.remat = "none"
-    assert model_flops(config, mesh) == again
+    assert model_flops(config) == again
