@@ -10,6 +10,7 @@ from dmd_jax.config import default_config, stages_of
 from dmd_jax.distillation.setting import own_batches
 from dmd_jax.errors import UserError
 from dmd_jax.metrics import read_metrics
+from dmd_jax.sharding import make_mesh
 from dmd_jax.weights import load_weights
 
 STAGED = ROOT / "tests" / "configs" / "staged.py"
@@ -91,9 +92,9 @@ def test_a_stage_takes_up_the_data_where_the_one_before_left_it():
     config.stages = ({"until": 3, "regression_batch_size": 4},)
     (_, first), (_, second) = stages_of(config)
     size = lambda stage: stage.regression_batch_size  # noqa: E731
-    taken = own_batches(Numbers(), size, first, [])
+    taken = own_batches(Numbers(), size, make_mesh(2, 4), first, [])
     rows = [next(taken)["number"] for _ in range(3)]
-    taken = own_batches(Numbers(), size, second, [(3, first)])
+    taken = own_batches(Numbers(), size, make_mesh(2, 4), second, [(3, first)])
     rows += [next(taken)["number"] for _ in range(15)]
     numbers = np.concatenate(rows)
     # 12 and 90: two epochs, each with every record once, and two records of a third.

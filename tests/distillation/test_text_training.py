@@ -22,6 +22,7 @@ from dmd_jax.losses import snr_weight
 from dmd_jax.metrics import read_metrics
 from dmd_jax.models import build_denoiser
 from dmd_jax.schedules import NoiseLevel
+from dmd_jax.sharding import make_mesh
 from dmd_jax.text_parts import load_decoder, load_text_encoder
 from dmd_jax.weights import load_weights
 
@@ -86,18 +87,18 @@ def setting(road):
 
 def test_the_batches_hold_pairs_and_as_many_fresh_prompts_as_are_missing(setting):
     config, found = setting
-    batch = next(found.data(config, []))
+    batch = next(found.data(make_mesh(2, 4), config, []))
     shapes = {name: leaf.shape for name, leaf in found.method.batch(config).items()}
     assert {name: rows.shape for name, rows in batch.items()} == shapes
     assert len(batch["fresh_tokens"]) == 4 and len(batch["tokens"]) == 4
     config.match_reference = False
-    assert len(next(found.data(config, []))["fresh_tokens"]) == 8
+    assert len(next(found.data(make_mesh(2, 4), config, []))["fresh_tokens"]) == 8
     config.match_reference = True
 
 
 def test_text_encoded_ahead_is_the_condition_of_the_step(setting):
     config, in_step = setting
-    batch = next(in_step.data(config, []))
+    batch = next(in_step.data(make_mesh(2, 4), config, []))
     other = ConfigDict(config.to_dict())
     other.text.encode = "ahead"
     other.text.text_encoder = load_text_encoder(config.teacher.weights).network
@@ -122,7 +123,9 @@ def test_only_the_teacher_is_guided(setting):
     denoiser, schedule = build_denoiser(config.network.to_dict()), found.method.schedule
     teacher, (fresh, _) = (
         found.arguments.teacher,
-        found.method.condition(found.arguments.teacher, next(found.data(config, []))),
+        found.method.condition(
+            found.arguments.teacher, next(found.data(make_mesh(2, 4), config, []))
+        ),
     )
     x_t = jax.random.normal(jax.random.key(0), (4, *denoiser.sample_shape))
     level = schedule.level(jnp.array([20, 300, 700, 980]))
