@@ -19,6 +19,7 @@ from stand_in_gcloud import Cloud
 
 from dmd_jax.metrics import read_metrics
 
+ENV = shutil.which("env")
 SCRIPT = ROOT / "launch" / "tpu_train.sh"
 ZONE = ["my-tpu", "--zone", "us-west4-a"]
 
@@ -56,8 +57,9 @@ class Bench:
 
     def start(self, *arguments, path: str | None = None) -> subprocess.Popen:
         path = f"{self.bin}:{os.environ['PATH']}" if path is None else path
+        # What starts the tests may ignore SIGINT, which bash would inherit and could not undo.
         process = subprocess.Popen(
-            ["bash", str(SCRIPT), *map(str, arguments)],
+            [ENV, "--default-signal=INT", "bash", str(SCRIPT), *map(str, arguments)],
             env={"PATH": path, "HOME": str(self.folder)},
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
