@@ -414,7 +414,8 @@ def test_training_survives_the_death_of_a_worker(bench, tiny, tmp_path):
     wait_for(lambda: (workdir / "checkpoints" / "5").exists(), process)
     bench.cloud.kill("my-tpu", 1)
     out, err = bench.finish(process)
-    assert "the run on my-tpu-w-1 ended: lost" in err
+    # The other worker's end, for want of this one, may be told first.
+    assert re.search("the run on my-tpu-w-(1 ended: lost|0 ended: 75)", err), err + out
     (started_at,) = re.findall(r"going on from step (\d+)", out)
     assert 5 <= int(started_at) < 20
     assert [line["step"] for line in read_metrics(workdir)] == [5, 10, 15, 20]
