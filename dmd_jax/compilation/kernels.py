@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import NamedTuple
 
 from dmd_jax.compilation.topology import Chip
 
-# Matrix products over all queries and keys: q k^T and p v; of the backward pass also dv, dp, dq
-# and dk, where q k^T is made again.
-_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
-# Instructions of the kernel's schedule over those that its matrix products fill: the TPU compiler's
-# own count for blocks of 1024, v5e, head channels 40. They are 6,091 where 4,096 would do forward,
-# and 10,466 where 10,240 would backward.
-_OVERHEAD = {"splash_mha_fwd": 1.49, "splash_mha_dkv": 1.03}
+_FORWARD, _BACKWARD = "splash_mha_fwd", "splash_mha_dkv"
 
 
 class Kernel(NamedTuple):
     """A call of the attention kernel."""
 
     name: str
-    query: tuple[int, ...]  # [B, H, L, K]
+    query: tuple[int, ...]  # [B, H, K, L]
     keys: int
 
 
@@ -31,19 +24,18 @@ def kernel_of(name: str, operands: str) -> Kernel:
     Raises:
       ValueError: it is no call of the attention kernel.
     """
-    known = next((known for known in _PRODUCTS if name.startswith(known)), None)
+    known = next((known for known in (_FORWARD, _BACKWARD) if name.startswith(known)), None)
     arrays = [
         tuple(map(int, dims.split(","))) for dims in re.findall(r"\bbf16\[([\d,]+)\]", operands)
     ]
     if known is None or len(arrays) < 3 or len(arrays[0]) != 4:
-        raise ValueError(f"kernel {name} of {operands[:200]}; expected one of {list(_PRODUCTS)}")
-    return Kernel(known, arrays[0], arrays[1][-2])
+        raise ValueError(f"kernel {name} of {operands[:200]}; expected {_FORWARD} or {_BACKWARD}")
+    return Kernel(known, arrays[0], arrays[1][-1])
 
 
 def kernel_cycles(kernel: Kernel, chip: Chip) -> float:
-    """Cycles of one call on a chip: matrix products of heads padded to the matrix unit's side."""
-    batch, heads, queries, channels = kernel.query
-    padded = -(-channels // chip.mxu) * chip.mxu
-    products = _PRODUCTS[kernel.name] * math.prod((batch, heads, queries, kernel.keys, padded))
-    a_cycle = chip.peak_flops / 2 / chip.clock
-    return products / a_cycle * _OVERHEAD[kernel.name]
+    """Cycles of one call on a chip: its schedule's instructions, without any waiting."""
+    batch, heads, _, queries = kernel.query
+    blocks = batch * heads * queries * kernel.keys / 2**20
+    instructions = chip.splash[kernel.name == _BACKWARD]
+    return blocks * instructions / chip.cores

@@ -22,7 +22,10 @@ class Chip(NamedTuple):
     hbm_bytes: int
     peak_flops: float  # a second, bfloat16
     clock: float  # cycles a second: the peak over what the matrix units multiply and add in one
-    mxu: int  # side of a matrix unit: shorter products are padded to it
+    cores: int  # that share the rows of a kernel
+    # Instructions of a core for 2^20 logits of a head of at most 128 channels, forward and
+    # backward: of the compiler's schedule of the attention kernel with models.splash's blocks.
+    splash: tuple[int, int]
     interconnect: float  # bytes a second, over all links of a chip
     sizes: tuple[str, ...]  # of slices
     kinds: tuple[str, ...]  # what JAX calls its devices
@@ -32,15 +35,45 @@ _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
 GiB = 2**30
 CHIPS = {
-    "v4": Chip(32 * GiB, 275e12, 275e12 / (8 * 128**2 * 2), 128, 300e9, _CUBES, ("TPU v4",)),
+    "v4": Chip(
+        hbm_bytes=32 * GiB,
+        peak_flops=275e12,
+        clock=275e12 / (8 * 128**2 * 2),
+        cores=2,
+        splash=(7_749, 12_230),
+        interconnect=300e9,
+        sizes=_CUBES,
+        kinds=("TPU v4",),
+    ),
     "v5e": Chip(
-        16 * GiB, 197e12, 197e12 / (4 * 128**2 * 2), 128, 200e9, _FLAT, ("TPU v5 lite", "TPU v5e")
+        hbm_bytes=16 * GiB,
+        peak_flops=197e12,
+        clock=197e12 / (4 * 128**2 * 2),
+        cores=1,
+        splash=(4_818, 10_784),
+        interconnect=200e9,
+        sizes=_FLAT,
+        kinds=("TPU v5 lite", "TPU v5e"),
     ),
     "v5p": Chip(
-        95 * GiB, 459e12, 459e12 / (8 * 128**2 * 2), 128, 600e9, _CUBES, ("TPU v5", "TPU v5p")
+        hbm_bytes=95 * GiB,
+        peak_flops=459e12,
+        clock=459e12 / (8 * 128**2 * 2),
+        cores=2,
+        splash=(4_767, 11_020),
+        interconnect=600e9,
+        sizes=_CUBES,
+        kinds=("TPU v5", "TPU v5p"),
     ),
     "v6e": Chip(
-        32 * GiB, 918e12, 918e12 / (4 * 256**2 * 2), 256, 448e9, _FLAT, ("TPU v6 lite", "TPU v6e")
+        hbm_bytes=32 * GiB,
+        peak_flops=918e12,
+        clock=918e12 / (4 * 256**2 * 2),
+        cores=1,
+        splash=(3_610, 6_345),
+        interconnect=448e9,
+        sizes=_FLAT,
+        kinds=("TPU v6 lite", "TPU v6e"),
     ),
 }
 # What libtpu reads where it finds no TPU; without them it asks a metadata server for minutes.

@@ -97,7 +97,7 @@ def implementation(q: jax.Array, k: jax.Array, *, free: bool) -> str:
     mesh, (_, length, _, channels) = mesh_in_use(), q.shape
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if free and length >= MANY_QUERIES and q.dtype == jnp.bfloat16:
-        if platform == "tpu" and mesh is not None and fits(q.shape, k.shape, mesh):
+        if platform == "tpu" and mesh is not None and fits(q.shape, mesh):
             return "splash"
         if platform in ("gpu", "cuda") and channels <= 128 and channels % 8 == 0:
             return "cudnn"

@@ -8,15 +8,21 @@ from jax.sharding import Mesh
 
 from dmd_jax.sharding import batch_sharding
 
-# Of queries or keys at a time; larger ones take less time, and 2048 more than the scratch memory.
+# Of queries or keys at a time. Forward, the longer the keys the fewer sums are joined; backward,
+# larger blocks than these take more than the scratch memory.
+KEYS = (4096, 2048, 1024, 512, 256, 128)
 BLOCKS = (1024, 512, 256, 128)
+# Of a forward block, whose logits are in the scratch memory.
+MOST_LOGITS = 1 << 21
+# Of a head: of more, blocks of this size are too large.
+MOST_CHANNELS = 128
 
 
-def fits(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mesh: Mesh) -> bool:
-    """Whether `splash` takes q and k of these shapes: whole blocks, and whole rows a device."""
+def fits(q_shape: tuple[int, ...], mesh: Mesh) -> bool:
+    """Whether `splash` takes q [B, L, H, K]: whole blocks, whole rows a device, small heads."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    lengths = q_shape[1], k_shape[1]
-    return q_shape[0] % rows == 0 and all(length % BLOCKS[-1] == 0 for length in lengths)
+    whole = q_shape[1] % BLOCKS[-1] == 0 and q_shape[0] % rows == 0
+    return whole and q_shape[3] <= MOST_CHANNELS
 
 
 def splash(
@@ -35,26 +41,45 @@ def splash(
     )
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    block_q, block_kv = (next(block for block in BLOCKS if x.shape[1] % block == 0) for x in (q, k))
+    queries, padding = q.shape[1], -k.shape[1] % BLOCKS[-1]
+    keys = k.shape[1] + padding
+    block_kv = _largest(KEYS, keys)
+    block_kv_dkv = _largest(BLOCKS, keys)
+    # A head's few channels would be padded to 128 where they are the innermost axis.
+    innermost = kernels.QKVLayout.SEQ_MINOR
     sizes = kernels.BlockSizes(
-        block_q=block_q,
+        block_q=_largest(BLOCKS, queries, MOST_LOGITS // block_kv),
         block_kv=block_kv,
         block_kv_compute=block_kv,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_kv_dkv_compute=block_kv,
+        block_q_dkv=_largest(BLOCKS, queries),
+        block_kv_dkv=block_kv_dkv,
+        block_kv_dkv_compute=block_kv_dkv,
         use_fused_bwd_kernel=True,
+        q_layout=innermost,
+        k_layout=innermost,
+        v_layout=innermost,
     )
-    mask = masks.MultiHeadMask([masks.FullMask((q.shape[1], k.shape[1]))] * q.shape[2])
+    mask = masks.MultiHeadMask([masks.FullMask((queries, keys))] * q.shape[2])
 
     def own_rows(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         kernel = kernels.make_splash_mha_single_device(
             mask=mask, block_sizes=sizes, interpret=interpret
         )
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-        return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2)
+        if not padding:
+            return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2)
+        # A query sees the keys of its own segment.
+        segments = kernels.SegmentIds(jnp.zeros(queries, int), jnp.arange(keys) >= keys - padding)
+        k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (k, v))
+        return jnp.swapaxes(jax.vmap(kernel, (0, 0, 0, None))(q, k, v, segments), 1, 2)
 
     rows = batch_sharding(mesh).spec
     # What varies over the mesh cannot be told of a kernel's results.
     split = jax.shard_map(own_rows, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     return split(q, k, v)
+
+
+def _largest(blocks: tuple[int, ...], length: int, most: int | None = None) -> int:
+    """The largest block that divides the length, and is at most `most`."""
+    fitting = (block for block in blocks if most is None or block <= most)
+    return next(block for block in fitting if length % block == 0)
