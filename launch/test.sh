@@ -29,4 +29,6 @@ arguments=(-m "${marks# and }" ${arguments[@]+"${arguments[@]}"})
 use_environment "$checkout/.venv"
 install_requirements "${requirements[@]}"
 cd "$checkout"
-exec "$python" -m pytest ${arguments[@]+"${arguments[@]}"}
+# Two at a time: a test compiles for longer than it computes, which keeps one core busy. A file's
+# tests share what they prepare.
+exec "$python" -m pytest --numprocesses=2 --dist=loadfile ${arguments[@]+"${arguments[@]}"}

@@ -89,7 +89,8 @@ def checkout(tmp_path):
     return Checkout(tmp_path)
 
 
-PYTEST = "python [-m] [pytest] [-m] [not torch and not tpu]"
+TESTS = "python [-m] [pytest] [--numprocesses=2] [--dist=loadfile]"
+PYTEST = f"{TESTS} [-m] [not torch and not tpu]"
 BASE = "[-m] [pip] [install] [-qq] [--requirement] [ROOT/requirements.txt]"
 EDITABLE = "[-m] [pip] [install] [-qq] [--no-deps] [--no-build-isolation] [--editable] [ROOT]"
 
@@ -208,13 +209,13 @@ def test_what_some_tests_need_is_installed_and_they_are_added_only_when_asked_fo
     assert checkout.calls()[1:] == [
         f"python {BASE} [--requirement] [ROOT/{EXTRA_PINS[0]}]",
         f"python {EDITABLE}",
-        "python [-m] [pytest] [-m] [not tpu] [-x] [tests/data]",
+        f"{TESTS} [-m] [not tpu] [-x] [tests/data]",
     ]
     checkout.run("test.sh", "--with-tpu")
     assert checkout.calls() == [
         f"python {BASE} [--requirement] [ROOT/{EXTRA_PINS[1]}]",
         f"python {EDITABLE}",
-        "python [-m] [pytest] [-m] [not torch]",
+        f"{TESTS} [-m] [not torch]",
     ]
     checkout.run("test.sh", "-x")
     assert checkout.calls()[-1] == f"{PYTEST} [-x]"
@@ -278,7 +279,7 @@ def test_ci_runs_all_tests(checkout):
     shutil.copytree(ROOT / ".ci", checkout.root / ".ci")
     checkout.add_python()
     checkout.run("../.ci/run", CI="true")
-    assert checkout.calls()[-1] == "python [-m] [pytest] [-m] []"
+    assert checkout.calls()[-1] == f"{TESTS} [-m] []"
 
 
 def add_gpus(checkout, *drivers: str, code: int = 0) -> None:
