@@ -21,7 +21,7 @@ from dmd_jax.compilation.refusal import refusal
 from dmd_jax.compilation.table import summary, table
 from dmd_jax.compilation.topology import Chip, chip_of, devices_of, virtual_devices
 from dmd_jax.config import load_config
-from dmd_jax.errors import UserError
+from dmd_jax.errors import UserError, first_line
 from dmd_jax.experiment import check_ranges
 from dmd_jax.files import local_path, write_json
 from dmd_jax.provenance import command_line
@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE[:ARGUMENT]",
-        required=True,
         help="a Python file with get_config(); --config.KEY=VALUE overrides a value; no weights "
         "and no data are read",
     )
@@ -44,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument(
         "--devices", type=int, metavar="N", help="virtual CPU devices, for a quick look"
+    )
+    where.add_argument(
+        "--join",
+        type=local_path,
+        nargs="+",
+        metavar="FILE",
+        help="compiles nothing, and prints the table of what --json wrote to these files",
     )
     parser.add_argument(
         "--slices", type=int, default=1, metavar="N", help="of the topology (default: 1)"
@@ -80,6 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.join:
+        print(summary([result for path in args.join for result in _results_of(path)]))
+        return
+    if args.config is None:
+        raise UserError("no --config; expected the Python file of an experiment")
     if args.slices < 1:
         raise UserError(f"--slices {args.slices}; expected at least 1")
     if args.until_memory and not args.topology:
@@ -99,6 +110,20 @@ def run(args: argparse.Namespace) -> None:
         print(summary(results))
     if not all(result.get("fits", True) for result in results):
         sys.exit(1)
+
+
+def _results_of(path: Path) -> list[dict[str, Any]]:
+    """What --json wrote.
+
+    Raises:
+      UserError: it is not there, or something else.
+    """
+    try:
+        results = json.loads(path.read_text())
+        summary(results)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{path}: {first_line(error)}; expected what --json wrote") from None
+    return results
 
 
 def _one(args: argparse.Namespace, topology: str | None) -> dict[str, Any]:

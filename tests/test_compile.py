@@ -76,6 +76,12 @@ def test_virtual_devices(tmp_path):
     assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and found["images"] == 16
     assert found["memory"]["aliased"] > 0.99 * found["memory"]["outputs"]
     assert "utilisation" not in output
+    command = ("compile", "--join", tmp_path / "figures.json", tmp_path / "figures.json")
+    header, _, *rows = finish(start(*command), 0).splitlines()
+    assert header.startswith("| program | slice | devices | mesh | images |")
+    assert len(rows) == 2
+    assert rows[0].startswith("| tiny | 4 virtual CPU devices | 4 | 2x2x1 | 16 |")
+    assert rows[0].endswith(" | – | – |")  # the time of a step, which needs the TPU compiler
 
 
 @pytest.mark.parametrize(
@@ -84,7 +90,9 @@ def test_virtual_devices(tmp_path):
         (["--topology", "v9:4x4"], "unknown topology 'v9:4x4'; expected v4:2x2x1"),
         (["--topology", "v5e"], "unknown topology 'v5e'"),
         (["--topology", "v5e:4x4", "--devices", 4], "not allowed with"),
-        ([], "one of the arguments --topology --devices is required"),
+        ([], "one of the arguments --topology --devices --join is required"),
+        (["--join", __file__], "test_compile.py: Extra data: line 1 column 3"),
+        (["--join", "none.json"], "none.json: [Errno 2] No such file or directory"),
         (["--devices", 0], "--devices 0; expected 1 to 4096"),
         (["--topology", "v5e:4x4", "--slices", 0], "--slices 0; expected at least 1"),
         (["--devices", 4, "--until-memory"], "--until-memory is the TPU compiler's"),
@@ -105,6 +113,10 @@ def test_bad_arguments(capsys, arguments, line):
 def test_meshes_and_batches_that_do_not_fit(arguments, line):
     output = finish(start("compile", "--config", TINY, "--devices", 4, *arguments), 2)
     assert line in output.replace("\n", " ")
+
+
+def test_a_config_is_needed(capsys):
+    assert "no --config; expected" in fails(capsys, "compile", "--devices", 4)
 
 
 def test_without_the_compiler_its_extra_is_named(capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from dmd_jax.compilation.figures import MOST_MEMORY
@@ -30,6 +31,7 @@ def table(result: dict[str, Any]) -> str:
 def summary(results: Sequence[dict[str, Any]]) -> str:
     """One row a program, in Markdown; per device."""
     columns = {
+        "program": _program,
         "slice": lambda one: one["topology"],
         "devices": lambda one: str(one["devices"]),
         "mesh": lambda one: "x".join(str(size) for size in one["mesh"].values()),
@@ -46,6 +48,12 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         rows.append([_cell(column, result) for column in columns.values()])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _program(result: dict[str, Any]) -> str:
+    """Such as "cifar10_cond" or "cifar10_cond, sample"."""
+    name = Path(result["config"].split()[0].partition(":")[0]).stem
+    return name if result["what"] == "train" else f"{name}, {result['what']}"
 
 
 def _cell(column: Callable[[dict[str, Any]], str], result: dict[str, Any]) -> str:

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# What the experiments of the paper need of a TPU, by the TPU compiler and without a TPU: compiles
+# each one's step for the slices below and prints a table of memory and time. Machine code for
+# Stable Diffusion's step takes a core for about an hour and 20 GB of memory; what a FOLDER has from
+# an earlier run is not compiled again.
+#   tpu_table.sh [FOLDER]     (default: runs/tpu_table of the checkout)
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+folder=${1:-$checkout/runs/tpu_table}
+results=()
+
+row() { # CONFIG TOPOLOGY MESH [ARGUMENT…]
+  local name=$1-${2//:/-} code=0
+  local result=$folder/$name.json
+  results+=("$result")
+  if [ -e "$result" ]; then
+    return
+  fi
+  "$environment/bin/dmd-jax" compile --config "configs/$1.py" --topology "$2" --mesh "$3" \
+    --json "$result" "${@:4}" || code=$?
+  # 1 says that it does not fit, which the table tells.
+  [ "$code" -le 1 ] || exit "$code"
+}
+
+use_environment "$checkout/.venv"
+install_requirements requirements.txt '.[tpu]'
+mkdir -p "$folder"
+cd "$checkout"
+row cifar10_cond v5e:2x4 data=8
+row imagenet64 v5e:4x4 data=1,fsdp=16
+row sd15_laion625 v5e:16x16 data=16,fsdp=16
+row sd15_laion625 v5p:4x4x4 data=4,fsdp=16 --config.accumulation=2 --config.remat=none
+row sd15_laion625 v6e:8x8 data=4,fsdp=16 --config.accumulation=2
+row sd15_laion625 v4:4x4x4 data=4,fsdp=16 --config.accumulation=2
+exec "$environment/bin/dmd-jax" compile --join "${results[@]}"
