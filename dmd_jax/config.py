@@ -55,7 +55,7 @@ def default_config() -> ConfigDict:
     config.network = ConfigDict()
     # The type that networks compute in: float32 or bfloat16. Parameters and losses are float32.
     config.compute_dtype = "float32"
-    config.remat = "none"  # or full, dots: what a text-to-image U-Net computes again, for memory
+    config.remat = "none"  # or full, dots: what a U-Net computes again, for memory (models.remat)
     config.guidance = 1.0  # classifier-free, of the teacher alone, for text; 1 is none
     # Real images: digits, a folder or zip of PNGs, an .npz, idx files, or tfds:NAME:SPLIT;
     # "pad2:" before any of them adds two black pixels at each side.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dmd_jax.benchmark.torch_layers import GroupNorm, UNetBlock, positional_embedding
 from dmd_jax.errors import UserError
@@ -79,6 +80,11 @@ class _UNet(nn.Module):
                 add("dec", level, f"block{index}", block)
                 channels = features
         self.channels = channels
+        self._checkpointing = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """The backward pass computes the blocks again, as diffusers' networks have it."""
+        self._checkpointing = True
 
     def augmentation(self, emb: Tensor) -> Tensor | float:
         """What augmentation labels add to the embedding: nothing, for they are zero."""
@@ -91,13 +97,18 @@ class _UNet(nn.Module):
         skips = []
         for name in self._names["enc"]:
             module = getattr(self, name)
-            x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
+            x = self._block(module, x, emb) if isinstance(module, UNetBlock) else module(x)
             skips.append(x)
         for name in self._names["dec"]:
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = getattr(self, name)(x, emb)
+            x = self._block(getattr(self, name), x, emb)
         return x
+
+    def _block(self, block: UNetBlock, x: Tensor, emb: Tensor) -> Tensor:
+        if self._checkpointing and self.training:
+            return checkpoint(block, x, emb, use_reentrant=False)
+        return block(x, emb)
 
 
 class SongUNet(_UNet):

@@ -22,6 +22,7 @@ from dmd_jax.models.layers import (
     dense,
     positional_embedding,
 )
+from dmd_jax.models.remat import rematerialised
 from dmd_jax.models.unet import Levels, check_input, check_unet
 
 _CHANNELS_PER_HEAD = 64
@@ -50,6 +51,7 @@ class DhariwalUNet(nn.Module, Levels):
     attn_resolutions: Sequence[int] = (32, 16, 8)  # 64 channels a head; the middle always attends
     dropout: float = 0.10
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+    remat: str = "none"  # what the backward pass computes again, see models.remat
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,7 +92,7 @@ class DhariwalUNet(nn.Module, Levels):
         emb = self._embed(c_noise, labels_onehot)
 
         def block(x, name, features, **options):
-            module = UNetBlock(
+            module = rematerialised(UNetBlock, self.remat, static_argnums=(3,))(
                 features,
                 num_heads=features // _CHANNELS_PER_HEAD,
                 dropout=self.dropout,
@@ -103,7 +105,7 @@ class DhariwalUNet(nn.Module, Levels):
                 name=name,
                 **options,
             )
-            return module(x, emb, deterministic=deterministic)
+            return module(x, emb, deterministic)
 
         x, skips = self._encode(x.astype(self.dtype), block)
         x = self._decode(x, skips, block)

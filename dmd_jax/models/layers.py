@@ -224,7 +224,7 @@ class UNetBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, emb: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
         """x [B, H, W, C], emb [B, E] -> [B, H', W', features], H' = 2H (up), H/2 (down) or H."""
         hidden, last, _ = self.inits
         h = self._resample(nn.silu(self._norm("norm0")(x)))

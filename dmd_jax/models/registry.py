@@ -19,8 +19,9 @@ from dmd_jax.models.denoisers import PREDICTION_TYPES
 from dmd_jax.models.dhariwal import DhariwalUNet
 from dmd_jax.models.mixture import GaussianMixture
 from dmd_jax.models.mlp import MLP
+from dmd_jax.models.remat import REMATS
 from dmd_jax.models.songunet import SongUNet
-from dmd_jax.models.unet2d_condition import REMATS, UNet2DConditionModel
+from dmd_jax.models.unet2d_condition import UNet2DConditionModel
 
 # Options of the denoiser around a network rather than of the network: annotation and default.
 _EDM = {"sigma_data": ("float", 0.5)}
@@ -69,8 +70,8 @@ def build_network(
         ("epsilon", "v_prediction" or "sample"), and for its schedule "beta_start" (0.00085),
         "beta_end" (0.012) and "num_train_timesteps" (1000).
       dtype: "float32" or "bfloat16", what it computes in. Parameters are float32 in both.
-      remat: what the backward pass computes again rather than keeps: "none", "full" or "dots";
-        the last two are unet2d_condition's (see models.unet2d_condition).
+      remat: what the backward pass computes again rather than keeps: "none", "full" or "dots"
+        (see models.remat); the last two are for U-Nets.
 
     Returns:
       A Linen module; a GaussianMixture for "gaussian_mixture", which is none.

@@ -28,6 +28,7 @@ from dmd_jax.models.layers import (
     positional_embedding,
     upsample,
 )
+from dmd_jax.models.remat import rematerialised
 from dmd_jax.models.unet import Levels, check_input, check_taps, check_unet
 
 _CHOICES = {
@@ -64,6 +65,7 @@ class SongUNet(nn.Module, Levels):
     decoder_type: str = "standard"
     resample_filter: Sequence[float] = (1, 1)
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+    remat: str = "none"  # what the backward pass computes again, see models.remat
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,7 +104,7 @@ class SongUNet(nn.Module, Levels):
         emb = self._embed(c_noise, labels_onehot)
 
         def block(x, name, features, **options):
-            module = UNetBlock(
+            module = rematerialised(UNetBlock, self.remat, static_argnums=(3,))(
                 features,
                 dropout=self.dropout,
                 resample_filter=self.resample_filter,
@@ -110,7 +112,7 @@ class SongUNet(nn.Module, Levels):
                 name=name,
                 **options,
             )
-            return module(x, emb, deterministic=deterministic)
+            return module(x, emb, deterministic)
 
         x, skips = self._encode(x.astype(self.dtype), block)
         return self._decode(x, skips, block)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.layers import GroupNorm, conv, dense, positional_embedding
+from dmd_jax.models.remat import rematerialised
 from dmd_jax.models.transformer2d import Transformer2D
 from dmd_jax.models.unet import check_levels, check_sizes
 from dmd_jax.models.unet2d_blocks import (
@@ -46,20 +46,6 @@ _SIZES = {
 }
 
 
-def _keep_products(primitive, *operands, **params) -> bool:
-    """Whether the backward pass keeps a result: of convolutions, and of matmuls with weights."""
-    if primitive is lax.conv_general_dilated_p:
-        return True
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
-
-
-# What the backward pass keeps of each residual block and each transformer besides its input. The
-# attention's logits, the norms and the activations are computed again under "dots", all of it
-# under "full".
-_KEPT = {"full": jax.checkpoint_policies.nothing_saveable, "dots": _keep_products}
-REMATS = ("none", *_KEPT)
-
-
 class UNet2DConditionModel(nn.Module):
     """The raw network F(x_t; t, text); the fields have diffusers' names and, but for the size,
     its defaults.
@@ -84,7 +70,7 @@ class UNet2DConditionModel(nn.Module):
     use_linear_projection: bool = False
     upcast_attention: bool = False  # logits are float32 here in any case; kept for the export
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
-    remat: str = "none"  # or "full", "dots": what the backward pass computes again
+    remat: str = "none"  # what the backward pass computes again, see models.remat
 
     def __post_init__(self):
         super().__post_init__()
@@ -127,7 +113,7 @@ class UNet2DConditionModel(nn.Module):
         context = context.astype(self.dtype)
 
         resnet = functools.partial(
-            self._rematerialised(ResnetBlock2D),
+            rematerialised(ResnetBlock2D, self.remat),
             groups=self.norm_num_groups,
             epsilon=self.norm_eps,
             dtype=self.dtype,
@@ -175,15 +161,12 @@ class UNet2DConditionModel(nn.Module):
 
     def _transformer(self, level: int) -> Block:
         return functools.partial(
-            self._rematerialised(Transformer2D),
+            rematerialised(Transformer2D, self.remat),
             num_heads=_heads(self)[level],
             groups=self.norm_num_groups,
             use_linear_projection=self.use_linear_projection,
             dtype=self.dtype,
         )
-
-    def _rematerialised(self, block: type[nn.Module]) -> type[nn.Module]:
-        return block if self.remat == "none" else nn.remat(block, policy=_KEPT[self.remat])
 
 
 class TimestepEmbedding(nn.Module):
@@ -234,8 +217,6 @@ def _check(network: UNet2DConditionModel) -> None:
             f"{name} block_out_channels begins with {network.block_out_channels[0]}; expected an "
             "even number, since half of the embedding of t is sines and half cosines"
         )
-    if network.remat not in REMATS:
-        raise UserError(f"{name} remat is {network.remat!r}; expected one of {', '.join(REMATS)}")
 
 
 def _check_inputs(network: UNet2DConditionModel, x_t: jax.Array, context: jax.Array) -> None:
