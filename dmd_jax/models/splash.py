@@ -8,14 +8,13 @@ from jax.sharding import Mesh
 
 from dmd_jax.sharding import batch_sharding
 
-# Of queries or keys at a time. Forward, the longer the keys the fewer sums are joined; backward,
-# larger blocks than these take more than the scratch memory.
-KEYS = (4096, 2048, 1024, 512, 256, 128)
-BLOCKS = (1024, 512, 256, 128)
-# Of a forward block, whose logits are in the scratch memory.
-MOST_LOGITS = 1 << 21
-# Of a head: of more, blocks of this size are too large.
-MOST_CHANNELS = 128
+# Of queries or keys at a time.
+BLOCKS = (4096, 2048, 1024, 512, 256, 128)
+# Of a block: more, or larger heads, take more than the scratch memory.
+MOST_QUERIES, MOST_LOGITS, MOST_CHANNELS = 1024, 1 << 21, 128
+# Up to so many channels a head the backward pass, too, takes the most keys at a time. XLA sums over
+# blocks of keys, and does so slowly.
+FEW_CHANNELS, FEW_KEYS = 48, 1024
 
 
 def fits(q_shape: tuple[int, ...], mesh: Mesh) -> bool:
@@ -43,17 +42,17 @@ def splash(
 
     queries, padding = q.shape[1], -k.shape[1] % BLOCKS[-1]
     keys = k.shape[1] + padding
-    block_kv = _largest(KEYS, keys)
-    block_kv_dkv = _largest(BLOCKS, keys)
+    block_kv = _largest_block(keys, MOST_LOGITS)
+    block_kv_dkv = block_kv if q.shape[3] <= FEW_CHANNELS else _largest_block(keys, FEW_KEYS)
     # A head's few channels would be padded to 128 where they are the innermost axis.
     innermost = kernels.QKVLayout.SEQ_MINOR
     sizes = kernels.BlockSizes(
-        block_q=_largest(BLOCKS, queries, MOST_LOGITS // block_kv),
+        block_q=_queries(queries, block_kv),
         block_kv=block_kv,
         block_kv_compute=block_kv,
-        block_q_dkv=_largest(BLOCKS, queries),
+        block_q_dkv=_queries(queries, block_kv_dkv),
         block_kv_dkv=block_kv_dkv,
-        block_kv_dkv_compute=block_kv_dkv,
+        block_kv_dkv_compute=_largest_block(block_kv_dkv, 256),
         use_fused_bwd_kernel=True,
         q_layout=innermost,
         k_layout=innermost,
@@ -79,7 +78,9 @@ def splash(
     return split(q, k, v)
 
 
-def _largest(blocks: tuple[int, ...], length: int, most: int | None = None) -> int:
-    """The largest block that divides the length, and is at most `most`."""
-    fitting = (block for block in blocks if most is None or block <= most)
-    return next(block for block in fitting if length % block == 0)
+def _queries(queries: int, block_kv: int) -> int:
+    return _largest_block(queries, min(MOST_QUERIES, MOST_LOGITS // block_kv))
+
+
+def _largest_block(length: int, most: int) -> int:
+    return next(block for block in BLOCKS if block <= most and length % block == 0)

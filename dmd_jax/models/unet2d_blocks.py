@@ -177,4 +177,25 @@ def project_and_attend(
         return projected.reshape(*source.shape[:2], num_heads, channels // num_heads)
 
     h = attend(heads("to_q", x), heads("to_k", context), heads("to_v", context))
-    return nn.Dense(channels, dtype=dtype, name="to_out_0")(h.reshape(x.shape))
+    return FromHeads(channels, dtype=dtype, name="to_out_0")(h)
+
+
+class FromHeads(nn.Module):
+    """A Dense layer of what the heads found, side by side.
+
+    Both axes are summed over as they are: to join them would copy the array on a TPU.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, L, H, K] -> [B, L, features]."""
+        heads, channels = x.shape[2:]
+        init = nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (heads * channels, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        kernel = kernel.reshape(heads, channels, self.features)
+        return jnp.einsum("blhk,hkf->blf", x, kernel) + bias

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -145,3 +147,27 @@ def test_what_attends_where(platform, shape, keys, dtype, expected):
     with program_for(mesh_of(platform)):
         assert attention.implementation(q, k, free=True) == expected
         assert attention.implementation(q, k, free=False) == "xla"
+
+
+# The chip with the least scratch memory left.
+FOR_TPU = """
+import sys
+import jax
+from dmd_jax.compilation.topology import devices_of
+from dmd_jax.models.splash import splash
+from dmd_jax.sharding import batch_sharding, make_mesh
+
+mesh = make_mesh(1, 4, devices=devices_of("v4:2x2x1"))
+shape = (4, int(sys.argv[1]), 2, int(sys.argv[2]))
+q = jax.ShapeDtypeStruct(shape, "bfloat16", sharding=batch_sharding(mesh))
+loss = lambda q: splash(q, q, q, mesh).astype("float32").sum()
+print(jax.jit(jax.grad(loss)).lower(q).compile().as_text().count("tpu_custom_call"))
+"""
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("length, channels", [(4096, 40), (4096, 128), (1024, 128)])
+def test_the_kernels_blocks_fit_in_the_scratch_memory(length, channels):
+    command = [sys.executable, "-c", FOR_TPU, str(length), str(channels)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.stdout == "2\n", result.stderr  # forward and backward
