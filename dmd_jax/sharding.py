@@ -87,6 +87,12 @@ def mesh_in_use() -> Mesh | None:
     return _MESH.get()
 
 
+def platform_in_use() -> str:
+    """Of the devices that a program is for: JAX's name, such as "tpu"."""
+    mesh = mesh_in_use()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

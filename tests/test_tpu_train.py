@@ -401,24 +401,24 @@ def test_dry_run_prints_what_would_be_done_and_does_nothing(bench):
 
 def test_training_survives_the_death_of_a_worker(bench, tiny, tmp_path):
     workdir = tmp_path / "run"
-    steps = ["--config.steps=20", "--config.checkpoint_every=5", "--config.log_every=5"]
+    steps = ["--config.steps=8", "--config.checkpoint_every=2", "--config.log_every=2"]
     # On CPU a process finds only its own programs in JAX's cache, and only process 0 writes any.
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = "--xla_backend_optimization_level=0"
     process = bench.start(
         *ZONE,
         *["--type", "v5e-8", "--workdir", workdir, "--poll", "0.1", "--venv", sys.prefix],
         *["--config", TINY, "--coordinator", f":{free_port()}", "--env", f"XLA_FLAGS={flags}"],
         *["--env", "JAX_PLATFORMS=cpu", "--env", "JAX_ENABLE_COMPILATION_CACHE=false"],
-        *["--", *tiny[2:], *steps, "--config.picture_every=20"],
+        *["--", *tiny[2:], *steps, "--config.picture_every=8"],
     )
-    wait_for(lambda: (workdir / "checkpoints" / "5").exists(), process)
+    wait_for(lambda: (workdir / "checkpoints" / "2").exists(), process)
     bench.cloud.kill("my-tpu", 1)
     out, err = bench.finish(process)
     # The other worker's end, for want of this one, may be told first.
     assert re.search("the run on my-tpu-w-(1 ended: lost|0 ended: 75)", err), err + out
     (started_at,) = re.findall(r"going on from step (\d+)", out)
-    assert 5 <= int(started_at) < 20
-    assert [line["step"] for line in read_metrics(workdir)] == [5, 10, 15, 20]
-    assert (workdir / "checkpoints" / "20").is_dir()
+    assert 2 <= int(started_at) < 8
+    assert [line["step"] for line in read_metrics(workdir)] == [2, 4, 6, 8]
+    assert (workdir / "checkpoints" / "8").is_dir()
     assert (workdir / "weights" / "model.safetensors").is_file()
     assert bench.cloud.names() == []

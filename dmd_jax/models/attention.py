@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.splash import fits, splash
-from dmd_jax.sharding import mesh_in_use
+from dmd_jax.sharding import mesh_in_use, platform_in_use
 
 # Self-attention of fewer queries is as fast with XLA as with a kernel.
 MANY_QUERIES = 1024
@@ -95,7 +95,7 @@ def implementation(q: jax.Array, k: jax.Array, *, free: bool) -> str:
     if _AT_ONCE.get():
         return "xla"
     mesh, (_, length, _, channels) = mesh_in_use(), q.shape
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    platform = platform_in_use()
     if free and length >= MANY_QUERIES and q.dtype == jnp.bfloat16:
         if platform == "tpu" and mesh is not None and fits(q.shape, mesh):
             return "splash"

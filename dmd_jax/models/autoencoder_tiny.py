@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
+from dmd_jax.models.doubling import DoublingConv
 from dmd_jax.models.unet import check_sizes
 
 _CHANNELS, _BLOCKS = (1, 16_384), (0, 64)
@@ -153,9 +154,9 @@ class _Decoder(nn.Module):
         layer = 2  # the activation and the doubling count as layers in the names
         for count in self.blocks[:-1]:
             x = _blocks(x, layer, count, self.channels, self.dtype)
-            x = x.repeat(2, axis=1).repeat(2, axis=2)
             layer += count + 1
-            x = _conv(self.channels, f"layers_{layer}", self.dtype, use_bias=False)(x)
+            name = f"layers_{layer}"
+            x = DoublingConv(self.channels, use_bias=False, dtype=self.dtype, name=name)(x)
             layer += 1
         x = _blocks(x, layer, self.blocks[-1], self.channels, self.dtype)
         layer += self.blocks[-1]

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax.models.attention import attend
-from dmd_jax.models.layers import GroupNorm, conv, dense
+from dmd_jax.models.doubling import DoublingConv
+from dmd_jax.models.layers import XAVIER, GroupNorm, conv, dense
 
 Size = tuple[int, int]  # height, width
 # Makes a module that is given its fields and its name.
@@ -70,9 +71,11 @@ class Upsample2D(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, size: Size | None = None) -> jax.Array:
         """x [B, H, W, C] -> [B, *size, features]; twice the size where `size` is None."""
-        height, width = size or (2 * x.shape[1], 2 * x.shape[2])
-        x = nearest(x, (height, width))
-        return conv(self.features, 3, name="conv", dtype=self.dtype)(x)
+        double = (2 * x.shape[1], 2 * x.shape[2])
+        if size in (None, double):
+            init = XAVIER.hidden
+            return DoublingConv(self.features, kernel_init=init, dtype=self.dtype, name="conv")(x)
+        return conv(self.features, 3, name="conv", dtype=self.dtype)(nearest(x, size))
 
 
 def nearest(x: jax.Array, size: Size) -> jax.Array:
@@ -82,10 +85,7 @@ def nearest(x: jax.Array, size: Size) -> jax.Array:
     where the size is not a multiple.
     """
     for axis, length in zip((1, 2), size):
-        if length == 2 * x.shape[axis]:
-            x = jnp.repeat(x, 2, axis=axis)
-        else:
-            x = jnp.take(x, jnp.arange(length) * x.shape[axis] // length, axis=axis)
+        x = jnp.take(x, jnp.arange(length) * x.shape[axis] // length, axis=axis)
     return x
 
 
