@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What the experiments of the paper need of a TPU, by the TPU compiler and without a TPU: compiles
 # each one's step for the slices below and prints a table of memory and time. Machine code for
-# Stable Diffusion's step takes a core for about an hour and 20 GB of memory; what a FOLDER has from
-# an earlier run is not compiled again.
+# Stable Diffusion's step takes two cores half an hour and more than 24 GB of memory; what a FOLDER
+# has from an earlier run is not compiled again.
 #   tpu_table.sh [FOLDER]     (default: runs/tpu_table of the checkout)
 set -euo pipefail
 # shellcheck source=launch/common.sh

@@ -37,5 +37,5 @@ def kernel_cycles(kernel: Kernel, chip: Chip) -> float:
     """Cycles of one call on a chip: its schedule's instructions, without any waiting."""
     batch, heads, _, queries = kernel.query
     blocks = batch * heads * queries * kernel.keys / 2**20
-    instructions = chip.splash[kernel.name == _BACKWARD]
-    return blocks * instructions / chip.cores
+    forward, backward = chip.splash
+    return blocks * (forward if kernel.name == _FORWARD else backward) / chip.cores

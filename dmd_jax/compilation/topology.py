@@ -21,7 +21,7 @@ class Chip(NamedTuple):
 
     hbm_bytes: int
     peak_flops: float  # a second, bfloat16
-    clock: float  # cycles a second: the peak over what the matrix units multiply and add in one
+    macs: int  # what the matrix units multiply and add in a cycle
     cores: int  # that share the rows of a kernel
     # Instructions of a core for 2^20 logits of a head of at most 128 channels, forward and
     # backward: of the compiler's schedule of the attention kernel with models.splash's blocks.
@@ -29,6 +29,11 @@ class Chip(NamedTuple):
     interconnect: float  # bytes a second, over all links of a chip
     sizes: tuple[str, ...]  # of slices
     kinds: tuple[str, ...]  # what JAX calls its devices
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second, by the peak and what is multiplied and added in a cycle."""
+        return self.peak_flops / (2 * self.macs)
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -38,7 +43,7 @@ CHIPS = {
     "v4": Chip(
         hbm_bytes=32 * GiB,
         peak_flops=275e12,
-        clock=275e12 / (8 * 128**2 * 2),
+        macs=8 * 128**2,
         cores=2,
         splash=(7_749, 12_487),
         interconnect=300e9,
@@ -48,7 +53,7 @@ CHIPS = {
     "v5e": Chip(
         hbm_bytes=16 * GiB,
         peak_flops=197e12,
-        clock=197e12 / (4 * 128**2 * 2),
+        macs=4 * 128**2,
         cores=1,
         splash=(4_818, 10_465),
         interconnect=200e9,
@@ -58,7 +63,7 @@ CHIPS = {
     "v5p": Chip(
         hbm_bytes=95 * GiB,
         peak_flops=459e12,
-        clock=459e12 / (8 * 128**2 * 2),
+        macs=8 * 128**2,
         cores=2,
         splash=(4_767, 10_707),
         interconnect=600e9,
@@ -68,7 +73,7 @@ CHIPS = {
     "v6e": Chip(
         hbm_bytes=32 * GiB,
         peak_flops=918e12,
-        clock=918e12 / (4 * 256**2 * 2),
+        macs=4 * 256**2,
         cores=1,
         splash=(3_610, 7_602),
         interconnect=448e9,

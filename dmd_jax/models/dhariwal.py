@@ -91,8 +91,11 @@ class DhariwalUNet(nn.Module, Levels):
         check_input(self, x)
         emb = self._embed(c_noise, labels_onehot)
 
+        # The third argument of a block's call is `deterministic`.
+        unet_block = rematerialised(UNetBlock, self.remat, static_argnums=(3,))
+
         def block(x, name, features, **options):
-            module = rematerialised(UNetBlock, self.remat, static_argnums=(3,))(
+            module = unet_block(
                 features,
                 num_heads=features // _CHANNELS_PER_HEAD,
                 dropout=self.dropout,

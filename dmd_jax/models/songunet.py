@@ -103,8 +103,11 @@ class SongUNet(nn.Module, Levels):
         check_input(self, x)
         emb = self._embed(c_noise, labels_onehot)
 
+        # The third argument of a block's call is `deterministic`.
+        unet_block = rematerialised(UNetBlock, self.remat, static_argnums=(3,))
+
         def block(x, name, features, **options):
-            module = rematerialised(UNetBlock, self.remat, static_argnums=(3,))(
+            module = unet_block(
                 features,
                 dropout=self.dropout,
                 resample_filter=self.resample_filter,

@@ -65,11 +65,12 @@ def splash(
             mask=mask, block_sizes=sizes, interpret=interpret
         )
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-        if not padding:
-            return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2)
-        # A query sees the keys of its own segment.
-        segments = kernels.SegmentIds(jnp.zeros(queries, int), jnp.arange(keys) >= keys - padding)
-        k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (k, v))
+        segments = None
+        if padding:
+            # A query sees the keys of its own segment.
+            padded = jnp.arange(keys) >= keys - padding
+            segments = kernels.SegmentIds(jnp.zeros(queries, int), padded)
+            k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (k, v))
         return jnp.swapaxes(jax.vmap(kernel, (0, 0, 0, None))(q, k, v, segments), 1, 2)
 
     rows = batch_sharding(mesh).spec

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
+from dmd_jax.models.remat import REMATS
 
 # Checkpoints say their own sizes, and a loop over a billion blocks would never end.
 _SIZES = {
@@ -85,6 +86,15 @@ def check_levels(network: nn.Module, field: str) -> int:
     return levels
 
 
+def check_remat(network: nn.Module) -> None:
+    """Raises a UserError unless `remat` is one of models.remat's."""
+    if network.remat not in REMATS:
+        raise UserError(
+            f"{type(network).__name__} remat is {network.remat!r}; "
+            f"expected one of {', '.join(REMATS)}"
+        )
+
+
 def check_unet(network: nn.Module) -> None:
     """Raises a UserError that names the first option of a U-Net of EDM's that is impossible."""
     name = type(network).__name__
@@ -100,6 +110,7 @@ def check_unet(network: nn.Module) -> None:
             f"{name} model_channels is {network.model_channels}; expected an even number, since "
             "half of the noise embedding is sines and half cosines"
         )
+    check_remat(network)
     if not 0 <= network.dropout < 1:
         raise UserError(f"{name} dropout is {network.dropout}; expected 0 or more and below 1")
 

@@ -18,7 +18,7 @@ from dmd_jax.errors import UserError
 from dmd_jax.models.layers import GroupNorm, conv, dense, positional_embedding
 from dmd_jax.models.remat import rematerialised
 from dmd_jax.models.transformer2d import Transformer2D
-from dmd_jax.models.unet import check_levels, check_sizes
+from dmd_jax.models.unet import check_levels, check_remat, check_sizes
 from dmd_jax.models.unet2d_blocks import (
     Block,
     DownBlock2D,
@@ -217,6 +217,7 @@ def _check(network: UNet2DConditionModel) -> None:
             f"{name} block_out_channels begins with {network.block_out_channels[0]}; expected an "
             "even number, since half of the embedding of t is sines and half cosines"
         )
+    check_remat(network)
 
 
 def _check_inputs(network: UNet2DConditionModel, x_t: jax.Array, context: jax.Array) -> None:

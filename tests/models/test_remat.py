@@ -11,12 +11,13 @@ import pytest
 
 from dmd_jax.errors import UserError
 from dmd_jax.models import build_denoiser
+from dmd_jax.models.dhariwal import DhariwalUNet
+from dmd_jax.models.songunet import SongUNet
+from dmd_jax.models.unet2d_condition import UNet2DConditionModel
 from dmd_jax.schedules import edm_level
 
-SMALL = {
-    "img_resolution": 8,
-    "in_channels": 3,
-    "out_channels": 3,
+SIZES = {"img_resolution": 8, "in_channels": 3, "out_channels": 3}
+SMALL = SIZES | {
     "label_dim": 2,
     "model_channels": 16,
     "channel_mult": [4],
@@ -54,3 +55,10 @@ def test_it_keeps_less_and_changes_nothing(name):
 def test_an_unknown_policy_is_refused():
     with pytest.raises(UserError, match="remat is 'some'; expected one of none, full, dots"):
         build_denoiser(SMALL | {"name": "songunet"}, remat="some")
+
+
+@pytest.mark.parametrize("network", [SongUNet, DhariwalUNet, UNet2DConditionModel])
+def test_networks_refuse_it_themselves(network):
+    sizes = {} if network is UNet2DConditionModel else SIZES
+    with pytest.raises(UserError, match=f"{network.__name__} remat is 'some'; expected one of no"):
+        network(**sizes, remat="some")
