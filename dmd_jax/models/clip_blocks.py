@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.attention import attend
-from dmd_jax.models.layers import layer_norm
+from dmd_jax.models.layers import gelu, layer_norm
 from dmd_jax.models.unet import check_sizes
 
 
@@ -22,7 +22,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": quick_gelu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": gelu,
 }
 # Configuration files come from outside, and a loop over a billion layers would never end.
 _SIZES = {

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dmd_jax.models.layers import GroupNorm, conv, layer_norm
+from dmd_jax.models.layers import GroupNorm, conv, gelu, layer_norm
 from dmd_jax.models.unet2d_blocks import project_and_attend
 
 # Of the GroupNorm before the transformer, whatever norm_eps the residual blocks have.
@@ -90,6 +90,4 @@ class GEGLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., C] -> [..., features]."""
         h, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, -1)
-        # As PyTorch writes it. JAX's own gelu has erfc, which costs a TPU several times as much.
-        gate = gate.astype(jnp.float32)
-        return (h * (0.5 * gate * (1 + jax.lax.erf(gate * 0.5**0.5)))).astype(self.dtype)
+        return (h * gelu(gate)).astype(self.dtype)
