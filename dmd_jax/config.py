@@ -53,7 +53,8 @@ def default_config() -> ConfigDict:
     config.seed = 0
     # Options of models.build_denoiser: "name" and what that network takes.
     config.network = ConfigDict()
-    # The type that networks compute in: float32 or bfloat16. Parameters and losses are float32.
+    # The type that networks compute in, LPIPS's VGG16 as well: float32 or bfloat16. Parameters and
+    # losses are float32.
     config.compute_dtype = "float32"
     config.remat = "none"  # or full, dots: what a U-Net computes again, for memory (models.remat)
     config.guidance = 1.0  # classifier-free, of the teacher alone, for text; 1 is none

@@ -165,7 +165,14 @@ def distance_of(
     def distance(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
         if grey:
             x, y = (jnp.repeat(image, 3, axis=-1) for image in (x, y))
-        return lpips(params, x, y, pooling=options.pooling, resolution=options.resolution or None)
+        return lpips(
+            params,
+            x,
+            y,
+            pooling=options.pooling,
+            resolution=options.resolution or None,
+            dtype=config.compute_dtype,
+        )
 
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:

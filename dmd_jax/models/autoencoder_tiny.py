@@ -6,6 +6,7 @@ Parameters are named after diffusers' state dict: `encoder.layers.3.conv.2.weigh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -13,7 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
+from dmd_jax.models import folding
 from dmd_jax.models.doubling import DoublingConv
+from dmd_jax.models.folding import FoldableConv
 from dmd_jax.models.unet import check_sizes
 
 _CHANNELS, _BLOCKS = (1, 16_384), (0, 64)
@@ -135,7 +138,7 @@ class _Encoder(nn.Module):
         for stage, count in enumerate(self.blocks):
             halve = {"stride": 2, "use_bias": False} if stage else {}
             x = _conv(self.channels, f"layers_{layer}", self.dtype, **halve)(x)
-            x = _blocks(x, layer + 1, count, self.channels, self.dtype)
+            x = _blocks(x, layer + 1, count, self.channels, dtype=self.dtype)
             layer += 1 + count
         x = _conv(self.out_channels, f"layers_{layer}", self.dtype)(x)
         return x.astype(jnp.float32)
@@ -150,36 +153,42 @@ class _Decoder(nn.Module):
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         """[B, h, w, C] -> float32 [B, 8h, 8w, out_channels], about 0 to 1."""
-        x = nn.relu(_conv(self.channels, "layers_0", self.dtype)(z))
+        folded = folding.pays(z.shape[2], self.channels)
+        z = folding.fold(z) if folded else z
+        options = dict(folded=folded, dtype=self.dtype)
+        x = nn.relu(FoldableConv(self.channels, name="layers_0", **options)(z))
         layer = 2  # the activation and the doubling count as layers in the names
         for count in self.blocks[:-1]:
-            x = _blocks(x, layer, count, self.channels, self.dtype)
+            x = _blocks(x, layer, count, self.channels, **options)
             layer += count + 1
-            name = f"layers_{layer}"
-            x = DoublingConv(self.channels, use_bias=False, dtype=self.dtype, name=name)(x)
+            x = DoublingConv(self.channels, use_bias=False, name=f"layers_{layer}", **options)(x)
             layer += 1
-        x = _blocks(x, layer, self.blocks[-1], self.channels, self.dtype)
+        x = _blocks(x, layer, self.blocks[-1], self.channels, **options)
         layer += self.blocks[-1]
-        x = _conv(self.out_channels, f"layers_{layer}", self.dtype)(x)
-        return x.astype(jnp.float32)
+        x = FoldableConv(self.out_channels, name=f"layers_{layer}", **options)(x)
+        return (folding.unfold(x) if folded else x).astype(jnp.float32)
 
 
-def _blocks(x: jax.Array, first: int, count: int, channels: int, dtype: jnp.dtype) -> jax.Array:
+def _blocks(
+    x: jax.Array, first: int, count: int, channels: int, *, folded: bool = False, dtype: jnp.dtype
+) -> jax.Array:
     """`count` residual blocks, as the layers from number `first` on."""
     for index in range(count):
-        x = _Block(channels, dtype, name=f"layers_{first + index}")(x)
+        x = _Block(channels, folded, dtype, name=f"layers_{first + index}")(x)
     return x
 
 
 class _Block(nn.Module):
     channels: int
+    folded: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = nn.relu(_conv(self.channels, "conv_0", self.dtype)(x))
-        h = nn.relu(_conv(self.channels, "conv_2", self.dtype)(h))
-        return nn.relu(_conv(self.channels, "conv_4", self.dtype)(h) + x)
+        conv = functools.partial(FoldableConv, self.channels, self.folded, self.dtype)
+        h = nn.relu(conv(name="conv_0")(x))
+        h = nn.relu(conv(name="conv_2")(h))
+        return nn.relu(conv(name="conv_4")(h) + x)
 
 
 def _conv(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dmd_jax.models.folding import folded_kernel
 from dmd_jax.sharding import platform_in_use
 
 
@@ -16,20 +17,25 @@ class DoublingConv(nn.Module):
     features: int
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    folded: bool = False  # the images, before and after: see `folding`
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, H, W, C] -> [B, 2H, 2W, features]."""
-        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
+        """x [B, H, W, C] -> [B, 2H, 2W, features], or both folded."""
+        shape = (3, 3, x.shape[-1] // (1 + self.folded), self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        x = x.astype(self.dtype)
         # A TPU takes half the time for it as one convolution, by its compiler; a CPU ten times
         # longer for the gradient.
-        enlarge_and_convolve = as_one if platform_in_use() == "tpu" else one_by_one
-        y = enlarge_and_convolve(x.astype(self.dtype), kernel)
+        if self.folded or platform_in_use() == "tpu":
+            y = as_one(x, kernel, folded=self.folded)
+        else:
+            y = one_by_one(x, kernel)
         if not self.use_bias:
             return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return y + bias.astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y + (jnp.tile(bias, 2) if self.folded else bias)
 
 
 def one_by_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -40,15 +46,26 @@ def one_by_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _convolve(x, kernel.astype(x.dtype), padding=1)
 
 
-def as_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """What `one_by_one` returns, without writing the enlarged image.
+def as_one(x: jax.Array, kernel: jax.Array, *, folded: bool = False) -> jax.Array:
+    """What `one_by_one` returns, without writing the enlarged image; of folded images as well.
 
     To repeat each pixel twice along both axes is to convolve the image with zeros between its
     pixels by 2x2 ones. That and the kernel's make one convolution of 4x4.
     """
-    shifts = [((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)) for i in (0, 1) for j in (0, 1)]
-    kernel = sum(jnp.pad(kernel, shift) for shift in shifts)
+    kernel = _and_repeated(kernel, axis=0)
+    if folded:
+        # Zeros between pairs put the pair of pixel i, which becomes the output's pair i, at i - p.
+        kernel = folded_kernel(kernel, (-2, -1, 0, 1), lambda tap, p, right: tap + p == right // 2)
+    else:
+        kernel = _and_repeated(kernel, axis=1)
     return _convolve(x, kernel.astype(x.dtype), padding=2, lhs_dilation=(2, 2))
+
+
+def _and_repeated(kernel: jax.Array, axis: int) -> jax.Array:
+    """A kernel convolved with two ones along an axis."""
+    before, after = ([(0, 0)] * kernel.ndim for _ in range(2))
+    before[axis], after[axis] = (1, 0), (0, 1)
+    return jnp.pad(kernel, before) + jnp.pad(kernel, after)
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, *, padding: int, **options) -> jax.Array:

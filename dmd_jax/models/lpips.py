@@ -10,11 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmd_jax.errors import UserError
+from dmd_jax.models import folding
 from dmd_jax.models.resizing import bilinear
 
 # VGG16 (arXiv 1409.1556): the width and the number of the 3x3 convolutions of each block.
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-POOLINGS = {"average": nn.avg_pool, "max": nn.max_pool}
+# Of a window, and of the two pixels of a folded one.
+POOLINGS = {
+    "average": (nn.avg_pool, lambda a, b: (a + b) / 2),
+    "max": (nn.max_pool, jnp.maximum),
+}
 # ImageNet's mean and standard deviation of each channel, for images in [-1, 1].
 _MEAN = 2 * np.array([0.485, 0.456, 0.406], np.float32) - 1
 _STD = 2 * np.array([0.229, 0.224, 0.225], np.float32)
@@ -47,6 +52,7 @@ def lpips(
     *,
     pooling: str = "average",
     resolution: int | None = 224,
+    dtype: Any = None,
 ) -> jax.Array:
     """The perceptual distance of pairs of images, LPIPS v0.1 with VGG16 (arXiv 1801.03924).
 
@@ -62,6 +68,8 @@ def lpips(
       pooling: "max", as VGG16 was trained and as the standard LPIPS has it, or "average", as the
         code that DMD's regression loss follows.
       resolution: both images are resized bilinearly to this height and width; None leaves them.
+      dtype: of the convolutions and their activations; None is the images', float32 at least.
+        Images are resized and activations compared in float32 whatever it is.
 
     Returns:
       [B], zero for equal images; float32, or float64 of float64 images and parameters.
@@ -72,12 +80,10 @@ def lpips(
     """
     if x.shape != y.shape:
         raise UserError(f"LPIPS of images of shapes {x.shape} and {y.shape}; expected equal shapes")
-    of_x, of_y = (_blocks(params["vgg16"], images, pooling, resolution) for images in (x, y))
+    of_x, of_y = (_blocks(params["vgg16"], images, pooling, resolution, dtype) for images in (x, y))
     total = 0.0
     for block, (a, b) in enumerate(zip(of_x, of_y), 1):
-        difference = jnp.square(_unit_length(a) - _unit_length(b))
-        weighted = jnp.sum(difference * params["heads"][f"block{block}"], axis=-1)
-        total += jnp.mean(weighted, axis=(1, 2))
+        total += _of_block(a, b, params["heads"][f"block{block}"])
     return total
 
 
@@ -101,7 +107,9 @@ def vgg16_features(params: Any, x: jax.Array, *, resolution: int | None = 224) -
         return _blocks(params["vgg16"], x, "max", resolution)[-1].mean(axis=(1, 2))
 
 
-def _blocks(vgg16: Any, images: jax.Array, pooling: str, resolution: int | None) -> list[jax.Array]:
+def _blocks(
+    vgg16: Any, images: jax.Array, pooling: str, resolution: int | None, dtype: Any = None
+) -> list[jax.Array]:
     """The activations at the end of each block, [B, H, W, C] each."""
     if pooling not in POOLINGS:
         raise UserError(f"LPIPS pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}")
@@ -115,25 +123,41 @@ def _blocks(vgg16: Any, images: jax.Array, pooling: str, resolution: int | None)
     x = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     if resolution is not None:
         x = bilinear(x, (resolution, resolution))
-    x = (x - _MEAN) / _STD
+    x = ((x - _MEAN) / _STD).astype(dtype or x.dtype)
+    folded = folding.pays(x.shape[2], BLOCKS[0][0])
+    x = folding.fold(x) if folded else x
     outputs = []
     for block, (_, count) in enumerate(BLOCKS, 1):
         if block > 1:
-            x = POOLINGS[pooling](x, (2, 2), strides=(2, 2))
+            x = _pool(x, pooling, folded)
+            folded = False
         for number in range(1, count + 1):
-            x = nn.relu(_convolution(vgg16[f"conv{block}_{number}"], x))
+            layer = vgg16[f"conv{block}_{number}"]
+            x = nn.relu(folding.convolve(x, layer["kernel"], layer["bias"], folded=folded))
         outputs.append(x)
     return outputs
 
 
-def _convolution(params: Any, x: jax.Array) -> jax.Array:
-    return params["bias"] + jax.lax.conv_general_dilated(
-        x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+def _pool(x: jax.Array, pooling: str, folded: bool) -> jax.Array:
+    """Windows of 2x2 pixels; of a folded image [B, H, W/2, 2C] -> [B, H/2, W/2, C]."""
+    pool, of_two = POOLINGS[pooling]
+    if folded:
+        return of_two(*jnp.split(pool(x, (2, 1), strides=(2, 1)), 2, axis=-1))
+    return pool(x, (2, 2), strides=(2, 2))
+
+
+def _of_block(a: jax.Array, b: jax.Array, head: jax.Array) -> jax.Array:
+    """[B], the distance of activations [B, H, W, C] or folded, weighted by head [C]."""
+    pixels, total = a.shape[-1] // head.size, 0.0
+    for one, other in zip(*(jnp.split(x, pixels, axis=-1) for x in (a, b))):
+        difference = jnp.square(_unit_length(one) - _unit_length(other))
+        total += jnp.mean(jnp.sum(difference * head, axis=-1), axis=(1, 2))
+    return total / pixels
 
 
 def _unit_length(x: jax.Array) -> jax.Array:
     """Each position's channels divided by their norm plus 1e-10, as the reference has it."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     # The square root's slope at zero is infinite: there the norm is a constant instead.
     zero = squared == 0
