@@ -27,6 +27,7 @@ row() { # CONFIG TOPOLOGY MESH [ARGUMENT…]
 use_environment "$checkout/.venv"
 install_requirements requirements.txt '.[tpu]'
 mkdir -p "$folder"
+folder=$(cd "$folder" && pwd -P)
 cd "$checkout"
 row cifar10_cond v5e:2x4 data=8
 row imagenet64 v5e:4x4 data=1,fsdp=16

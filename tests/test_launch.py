@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCED = ("launch/common.sh", "launch/gpu.sh")
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").rglob("*.sh"))
 TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "env", "grep", "mkdir", "rm", "tr")
 EXTRA_PINS = ("tests/requirements-torch.txt", "tests/requirements-tpu.txt")
@@ -111,7 +112,7 @@ def test_shellcheck_finds_nothing():
     "script", [*(script for script in SCRIPTS if script.count("/") == 1), ".ci/run"]
 )
 def test_script_is_executable(script):
-    assert os.access(ROOT / script, os.X_OK) == (script != "launch/common.sh")
+    assert os.access(ROOT / script, os.X_OK) == (script not in SOURCED)
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
@@ -347,8 +348,8 @@ def test_no_gpu_is_one_line_and_nothing_is_installed(checkout):
     assert checkout.calls() == []
 
 
-def test_the_flags_of_gpu_train_are_the_pinned_xlas():
-    flags = re.findall(r"--xla_\w+=\w+", (ROOT / "launch" / "gpu_train.sh").read_text())
+def test_the_flags_for_gpus_are_the_pinned_xlas():
+    flags = re.findall(r"--xla_\w+=\w+", (ROOT / "launch" / "gpu.sh").read_text())
     assert flags
     # XLA ends the process at a flag that it does not know.
     for flag, fails in [*((flag, False) for flag in flags), ("--xla_gpu_no_such=true", True)]:
@@ -358,3 +359,44 @@ def test_the_flags_of_gpu_train_are_the_pinned_xlas():
             [sys.executable, "-c", command], env=environment, capture_output=True, text=True
         )
         assert (result.returncode != 0) == fails, result.stderr
+
+
+def test_gpu_bench_does_what_has_no_figures(checkout):
+    checkout.add_python()
+    add_gpus(checkout, "580.1")
+    folder = checkout.root / "figures of mine"
+    folder.mkdir()
+    for name in ("cifar10_cond.json", "sd15_latency.json"):
+        (folder / name).touch()
+    result = checkout.run("gpu_bench.sh", str(folder))
+    assert result.returncode == 0, result.stderr
+    bench, *others = [line for line in checkout.calls() if line.startswith("dmd-jax")]
+    assert bench.startswith("dmd-jax [bench] [--json] [ROOT/figures of mine/sd15.json]")
+    assert bench.count("[--peer]") == 2
+    assert [line.split()[1] for line in others] == ["[convert]", "[teacher]", "[ablate]"]
+    assert all("[--config.images=pad2:tfds:fashion_mnist:train]" in line for line in others[1:])
+    assert (folder / "fashion_mnist.seconds").read_text().strip().isdigit()
+    checkout.run("gpu_bench.sh", str(folder))
+    assert [line for line in checkout.calls() if line.startswith("dmd-jax")] == [bench]
+
+
+def test_gpu_bench_is_rehearsed_without_a_gpu(checkout):
+    checkout.add_python()
+    result = checkout.run("gpu_bench.sh", "--small")
+    assert result.returncode == 0, result.stderr
+    parts = [line.split()[1] for line in checkout.calls() if line.startswith("dmd-jax")]
+    assert parts == ["[bench]"] * 3 + ["[convert]", "[teacher]", "[ablate]"]
+    assert (checkout.root / "runs" / "gpu_bench" / "fashion_mnist.seconds").exists()
+
+
+def test_tpu_table_compiles_what_has_no_figures(checkout):
+    checkout.add_python()
+    folder = checkout.root / "runs" / "tpu_table"
+    folder.mkdir(parents=True)
+    (folder / "cifar10_cond-v5e-2x4.json").touch()
+    assert checkout.run("tpu_table.sh").returncode == 0
+    *compiled, joined = [line for line in checkout.calls() if line.startswith("dmd-jax")]
+    files = [re.search(r"\[--json\] \[(.*?)\]", line)[1] for line in compiled]
+    assert len(files) == len(set(files)) == 5
+    files.insert(0, "ROOT/runs/tpu_table/cifar10_cond-v5e-2x4.json")
+    assert joined == f"dmd-jax [compile] [--join] {' '.join(f'[{file}]' for file in files)}"
