@@ -64,7 +64,9 @@ def splash(
         kernel = kernels.make_splash_mha_single_device(
             mask=mask, block_sizes=sizes, interpret=interpret
         )
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+        # A gradient that is scaled before the heads are side by side is written once more for it.
+        scaled = jax.lax.optimization_barrier(q.reshape(*q.shape[:2], -1) * q.shape[-1] ** -0.5)
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled.reshape(q.shape), k, v))
         segments = None
         if padding:
             # A query sees the keys of its own segment.

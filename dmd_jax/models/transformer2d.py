@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dmd_jax.models.layers import GroupNorm, conv, gelu, layer_norm
+from dmd_jax.models.layers import XAVIER, GroupNorm, gelu, layer_norm
 from dmd_jax.models.unet2d_blocks import project_and_attend
 
 # Of the GroupNorm before the transformer, whatever norm_eps the residual blocks have.
@@ -24,17 +26,33 @@ class Transformer2D(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """x [B, H, W, C], context [B, S, D] -> [B, H, W, C]."""
-        h = GroupNorm(_EPSILON, self.groups, name="norm")(x)
-        h = self._project(h, "proj_in").reshape(x.shape[0], -1, x.shape[-1])
+        project = nn.Dense if self.use_linear_projection else PixelConv
+        project = functools.partial(project, x.shape[-1], dtype=self.dtype)
+        h = GroupNorm(_EPSILON, self.groups, name="norm")(x).reshape(x.shape[0], -1, x.shape[-1])
+        h = project(name="proj_in")(h)
         h = TransformerBlock(self.num_heads, dtype=self.dtype, name="transformer_blocks_0")(
             h, context
         )
-        return x + self._project(h.reshape(x.shape), "proj_out")
+        return x + project(name="proj_out")(h).reshape(x.shape)
 
-    def _project(self, x: jax.Array, name: str) -> jax.Array:
-        if self.use_linear_projection:
-            return nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(x)
-        return conv(x.shape[-1], 1, name=name, dtype=self.dtype)(x)
+
+class PixelConv(nn.Module):
+    """A 1x1 convolution of pixels in a row.
+
+    As a product of matrices, whose result a TPU lays out as attention wants it; what a convolution
+    returns it would copy.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, L, C] -> [B, L, features]."""
+        kernel = self.param("kernel", XAVIER.hidden, (1, 1, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return x @ kernel[0, 0] + bias
 
 
 class TransformerBlock(nn.Module):
@@ -89,5 +107,25 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., C] -> [..., features]."""
-        h, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, -1)
+        h, gate = TwoDense(self.features, dtype=self.dtype, name="proj")(x)
         return (h * gelu(gate)).astype(self.dtype)
+
+
+class TwoDense(nn.Module):
+    """The two halves of a Dense layer's result, each by a product of its own.
+
+    The gradients of halves would be written side by side before they are used.
+    """
+
+    features: int  # of a half
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """x [..., C] -> two of [..., features]."""
+        shape = (x.shape[-1], 2 * self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:])
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2))
+        return [x @ half + bias for half, bias in halves]
