@@ -19,6 +19,9 @@ MANY_QUERIES = 1024
 # latents have 16.8 million, which are 512 MB of float32 for one example's eight heads.
 MOST_LOGITS = 1 << 21
 CHUNK = 512
+# From this many logits a head on, a CPU takes one head, and so many of its queries, at a time: what
+# its cache holds.
+CACHED_LOGITS, CACHED_QUERIES = 1 << 16, 256
 _AT_ONCE: ContextVar[bool] = ContextVar("at_once", default=False)
 
 
@@ -64,6 +67,8 @@ def attend(
         return splash(q, k, v, mesh_in_use())
     if found == "parts":
         return _in_parts(q, k, v)
+    if found == "heads":
+        return _by_heads(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=found)
 
 
@@ -89,8 +94,10 @@ def implementation(q: jax.Array, k: jax.Array, *, free: bool) -> str:
     Returns:
       For many queries in bfloat16 "splash" on TPU, in a program for a mesh
       (`sharding.program_for`), and "cudnn" on GPU, for at most 128 channels a head; both write no
-      logits. Else "parts", XLA on a part of the queries after the other, whose logits the
-      backward pass computes again, where those of all would take much memory. Else "xla".
+      logits. On CPU, unless there are few logits, "heads", one head and a part of its queries after
+      the other. Elsewhere "parts", XLA on a part of the queries after the other, where the logits
+      of all would take much memory. The backward pass computes the logits of both again. Else
+      "xla".
     """
     if _AT_ONCE.get():
         return "xla"
@@ -101,6 +108,8 @@ def implementation(q: jax.Array, k: jax.Array, *, free: bool) -> str:
             return "splash"
         if platform in ("gpu", "cuda") and channels <= 128 and channels % 8 == 0:
             return "cudnn"
+    if free and platform == "cpu" and length * k.shape[1] >= CACHED_LOGITS:
+        return "heads"
     much = length * k.shape[1] > MOST_LOGITS and length % CHUNK == 0
     return "parts" if free and much else "xla"
 
@@ -116,6 +125,27 @@ def _in_parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     # The batch stays where it is on its devices; only the parts' axis is moved.
     found = jax.lax.map(one, jnp.moveaxis(parts, 1, 0))
     return jnp.moveaxis(found, 0, 1).reshape(q.shape)
+
+
+def _by_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    batch, length, heads, channels = q.shape
+    size = CACHED_QUERIES if length % CACHED_QUERIES == 0 else length
+    parts = q.reshape(batch, length // size, size, heads, channels)
+
+    @jax.checkpoint
+    def one(part: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        logits = jnp.einsum("blk,bsk->bls", part, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits * channels**-0.5).astype(v.dtype)
+        return jnp.einsum("bls,bsk->blk", weights, v)
+
+    def of_head(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        parts, k, v = inputs
+        return jax.lax.map(lambda part: one(part, k, v), parts)
+
+    # The batch stays where it is on its devices; only the other axes are moved.
+    parts, k, v = jnp.moveaxis(parts, (3, 1), (0, 1)), jnp.moveaxis(k, 2, 0), jnp.moveaxis(v, 2, 0)
+    found = jax.lax.map(of_head, (parts, k, v))
+    return jnp.moveaxis(found, (0, 1), (3, 1)).reshape(q.shape)
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -73,12 +73,14 @@ def test_what_does_not_fit_is_refused():
             attend(q, k, k, mask=mask)
 
 
-def test_many_queries_in_parts_are_all_at_once_in_less_memory():
+@pytest.mark.parametrize("platform, expected", [("gpu", "parts"), ("cpu", "heads")])
+def test_many_queries_in_parts_are_all_at_once_in_less_memory(platform, expected, monkeypatch):
     """Above MOST_LOGITS: values and gradients to 5e-6 of the largest, a part of the memory."""
+    monkeypatch.setattr(attention, "platform_in_use", lambda: platform)
     rng = np.random.default_rng(0)
     length = 4 * attention.CHUNK
-    q, k, v, weight = rng.standard_normal((4, 1, length, 1, 8)).astype(np.float32)
-    assert length * length > attention.MOST_LOGITS
+    q, k, v, weight = rng.standard_normal((4, 2, length, 2, 8)).astype(np.float32)
+    assert attention.implementation(q, k, free=True) == expected
 
     def plain(q, k, v):
         logits = jnp.einsum("blhk,bshk->bhls", q, k) / np.sqrt(8)
@@ -138,7 +140,9 @@ def mesh_of(platform, rows=4):
         ("gpu", (8, 4096, 8, 40), 4096, "bfloat16", "cudnn"),
         ("gpu", (8, 4096, 8, 40), 77, "bfloat16", "cudnn"),
         ("gpu", (8, 4096, 1, 512), 4096, "bfloat16", "parts"),
-        ("cpu", (8, 4096, 8, 40), 4096, "bfloat16", "parts"),
+        ("cpu", (8, 4096, 8, 40), 4096, "bfloat16", "heads"),
+        ("cpu", (8, 256, 8, 40), 256, "float32", "heads"),
+        ("cpu", (8, 256, 8, 40), 77, "float32", "xla"),
     ],
 )
 def test_what_attends_where(platform, shape, keys, dtype, expected):
