@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dmd_jax.models.folding import folded_kernel
+from dmd_jax.models.folding import add_bias, convolve, folded_kernel
 from dmd_jax.sharding import platform_in_use
 
 
@@ -34,8 +34,7 @@ class DoublingConv(nn.Module):
             y = one_by_one(x, kernel)
         if not self.use_bias:
             return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return y + (jnp.tile(bias, 2) if self.folded else bias)
+        return add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,)))
 
 
 def one_by_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -43,7 +42,7 @@ def one_by_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
     x = x.reshape(batch, 2 * height, 2 * width, channels)
-    return _convolve(x, kernel.astype(x.dtype), padding=1)
+    return convolve(x, kernel)
 
 
 def as_one(x: jax.Array, kernel: jax.Array, *, folded: bool = False) -> jax.Array:
@@ -58,7 +57,14 @@ def as_one(x: jax.Array, kernel: jax.Array, *, folded: bool = False) -> jax.Arra
         kernel = folded_kernel(kernel, (-2, -1, 0, 1), lambda tap, p, right: tap + p == right // 2)
     else:
         kernel = _and_repeated(kernel, axis=1)
-    return _convolve(x, kernel.astype(x.dtype), padding=2, lhs_dilation=(2, 2))
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        (1, 1),
+        [(2, 2)] * 2,
+        lhs_dilation=(2, 2),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 def _and_repeated(kernel: jax.Array, axis: int) -> jax.Array:
@@ -66,9 +72,3 @@ def _and_repeated(kernel: jax.Array, axis: int) -> jax.Array:
     before, after = ([(0, 0)] * kernel.ndim for _ in range(2))
     before[axis], after[axis] = (1, 0), (0, 1)
     return jnp.pad(kernel, before) + jnp.pad(kernel, after)
-
-
-def _convolve(x: jax.Array, kernel: jax.Array, *, padding: int, **options) -> jax.Array:
-    numbers = ("NHWC", "HWIO", "NHWC")
-    edges = [(padding, padding)] * 2
-    return lax.conv_general_dilated(x, kernel, (1, 1), edges, dimension_numbers=numbers, **options)

@@ -54,27 +54,29 @@ def folded_kernel(
     return jnp.stack(of_taps, axis=1)
 
 
-def convolve(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, *, folded: bool = False
-) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, *, folded: bool = False) -> jax.Array:
     """A 3x3 convolution with one zero at each edge, in x's dtype.
 
     Args:
-      x: [B, H, W, C], or folded [B, H, W/2, 2C]. kernel: [3, 3, C, F]. bias: [F].
+      x: [B, H, W, C], or folded [B, H, W/2, 2C]. kernel: [3, 3, C, F].
 
     Returns:
       [B, H, W, F], folded as x is.
     """
-    kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
+    kernel = kernel.astype(x.dtype)
     if folded:
         kernel = folded_kernel(kernel, (-1, 0, 1), lambda tap, p, right: 2 * tap + p == right)
-        bias = jnp.tile(bias, 2)
     numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers) + bias
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [..., F], or folded [..., 2F], and bias [F] -> the sum, in x's dtype."""
+    return x + jnp.tile(bias.astype(x.dtype), x.shape[-1] // bias.size)
 
 
 class FoldableConv(nn.Module):
-    """`convolve` with its parameters, which are those of images whether folded or not."""
+    """`convolve` and a bias, whose parameters are those of images whether folded or not."""
 
     features: int
     folded: bool
@@ -86,4 +88,4 @@ class FoldableConv(nn.Module):
         shape = (3, 3, x.shape[-1] // (1 + self.folded), self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return convolve(x.astype(self.dtype), kernel, bias, folded=self.folded)
+        return add_bias(convolve(x.astype(self.dtype), kernel, folded=self.folded), bias)

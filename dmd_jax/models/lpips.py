@@ -110,7 +110,7 @@ def vgg16_features(params: Any, x: jax.Array, *, resolution: int | None = 224) -
 def _blocks(
     vgg16: Any, images: jax.Array, pooling: str, resolution: int | None, dtype: Any = None
 ) -> list[jax.Array]:
-    """The activations at the end of each block, [B, H, W, C] each."""
+    """The activations at the end of each block, [B, H, W, C] each, or folded."""
     if pooling not in POOLINGS:
         raise UserError(f"LPIPS pooling is {pooling!r}; expected one of {', '.join(POOLINGS)}")
     if images.ndim != 4 or images.shape[-1] != 3:
@@ -133,7 +133,8 @@ def _blocks(
             folded = False
         for number in range(1, count + 1):
             layer = vgg16[f"conv{block}_{number}"]
-            x = nn.relu(folding.convolve(x, layer["kernel"], layer["bias"], folded=folded))
+            x = folding.convolve(x, layer["kernel"], folded=folded)
+            x = nn.relu(folding.add_bias(x, layer["bias"]))
         outputs.append(x)
     return outputs
 

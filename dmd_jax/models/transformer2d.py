@@ -128,4 +128,4 @@ class TwoDense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape[1:])
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2))
-        return [x @ half + bias for half, bias in halves]
+        return [x @ half_kernel + half_bias for half_kernel, half_bias in halves]

@@ -19,14 +19,14 @@ TOLERANCE = 2e-6  # of the largest magnitude
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-    """A context in which functions are traced as if for TPU."""
+    """Compiles a function as it is traced for TPU."""
 
-    def trace(function, *args):
+    def program_of(function, *args):
         with monkeypatch.context() as patch:
             patch.setattr("dmd_jax.models.folding.platform_in_use", lambda: "tpu")
             return jax.jit(function).lower(*args).compile()
 
-    return trace
+    return program_of
 
 
 def assert_close(found, expected, tolerance=TOLERANCE):
@@ -49,8 +49,10 @@ def test_convolution_is_its_definition():
         padded[:, i : i + 3, j : j + 4] @ kernel[i, j] for i in range(3) for j in range(3)
     )
     x, kernel, bias = (array.astype("f4") for array in (x, kernel, bias))
-    assert_close(folding.convolve(x, kernel, bias), expected)
-    assert_close(unfold(folding.convolve(fold(x), kernel, bias, folded=True)), expected)
+    found = folding.convolve(x, kernel), folding.convolve(fold(x), kernel, folded=True)
+    plain, folded = (folding.add_bias(y, bias) for y in found)
+    assert_close(plain, expected)
+    assert_close(unfold(folded), expected)
 
 
 @pytest.mark.parametrize("module", [FoldableConv, DoublingConv])
