@@ -142,7 +142,8 @@ def mesh_of(platform, rows=4):
         ("gpu", (8, 4096, 1, 512), 4096, "bfloat16", "parts"),
         ("cpu", (8, 4096, 8, 40), 4096, "bfloat16", "heads"),
         ("cpu", (8, 256, 8, 40), 256, "float32", "heads"),
-        ("cpu", (8, 256, 8, 40), 77, "float32", "xla"),
+        ("cpu", (8, 256, 8, 40), 77, "float32", "heads"),
+        ("cpu", (8, 64, 8, 40), 77, "float32", "xla"),
     ],
 )
 def test_what_attends_where(platform, shape, keys, dtype, expected):
