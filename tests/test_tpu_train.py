@@ -254,10 +254,11 @@ def test_interrupted_followed_again_and_stopped(bench):
 
 
 def test_a_lost_connection_is_made_again(bench):
-    bench.behave("for i in 1 2 3; do echo $i; sleep 1; done")
+    bench.behave('echo 1; until [ -e "$STUB/lost" ]; do sleep 0.1; done; echo 2; echo 3')
     process = bench.start(*ZONE, *bench.common)
     assert process.stdout.readline() == "1\n"
     os.killpg(_connection(process.pid), signal.SIGKILL)
+    (bench.stub / "lost").touch()
     out, err = bench.finish(process)
     assert out == "2\n3\n"
     assert "lost the connection to my-tpu" in err
