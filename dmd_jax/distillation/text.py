@@ -77,7 +77,7 @@ def text_method(config: ConfigDict, denoiser: Denoiser) -> Method:
         return _arguments(network, uncond, encoder_params, decoder_params, lpips, in_step=in_step)
 
     return Method(
-        networks=_networks(denoiser, config.guidance),
+        networks=_networks(denoiser, config),
         schedule=denoiser.schedule,
         sample_shape=denoiser.sample_shape,
         num_classes=0,
@@ -200,8 +200,8 @@ def _with_networks(config: ConfigDict, found: Mapping[str, Weights], parts: Path
     return config
 
 
-def _networks(denoiser: Denoiser, guidance: float) -> Networks:
-    guide = guided(denoiser.denoise, guidance)
+def _networks(denoiser: Denoiser, config: ConfigDict) -> Networks:
+    guide = guided(denoiser.denoise, config.guidance, at_once=config.guidance_at_once)
 
     def teacher(params: Any, x_t: jax.Array, level, cond) -> jax.Array:
         return guide(params["network"], x_t, level, (cond, params["uncond"]))

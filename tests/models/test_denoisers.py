@@ -131,7 +131,8 @@ def test_the_clean_image_is_that_of_diffusers(prediction_type):
         np.testing.assert_allclose(actual[i], expected, rtol=1e-5, atol=1e-4)
 
 
-def test_guidance_is_the_published_one_on_the_noise():
+@pytest.mark.parametrize("at_once", [True, False])
+def test_guidance_is_the_published_one_on_the_noise(at_once):
     """Predicting the noise, guided, and then x0 from it, for conditions that are a pytree."""
     rng = np.random.default_rng(0)
     x_t, text, pooled, empty = rng.standard_normal((4, 3, 4)).astype(np.float32)
@@ -147,20 +148,22 @@ def test_guidance_is_the_published_one_on_the_noise():
 
     time = np.array([20, 400, 999])
     for guidance in (0.0, 0.5, 1.0, 7.5):
-        denoise = guided(discrete_denoiser(apply), guidance)
+        denoise = guided(discrete_denoiser(apply), guidance, at_once=at_once)
         actual = denoise(None, jnp.asarray(x_t), LEVEL, jax.tree.map(jnp.asarray, (cond, uncond)))
         without, with_text = noise(np, x_t, time, uncond), noise(np, x_t, time, cond)
         expected = (x_t - SPREAD * (without + guidance * (with_text - without))) / ALPHA
         np.testing.assert_allclose(actual, expected, atol=1e-6 * np.abs(expected).max())
     # Guidance 1 is the network as it is, of which nothing else is asked.
-    assert calls == [6, 6, 3, 6]
+    assert calls == ([6, 6, 3, 6] if at_once else [3, 3, 3, 3])
 
 
-def test_a_guided_batch_stays_on_its_devices():
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_guided_batch_stays_on_its_devices(at_once):
     devices = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     batch = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("data"))
     whole = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
-    denoise = guided(discrete_denoiser(lambda params, x, time, cond: x * params + cond), 3.0)
+    apply = lambda params, x, time, cond: x * params + cond  # noqa: E731
+    denoise = guided(discrete_denoiser(apply), 3.0, at_once=at_once)
     spec = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=batch)
     level = NoiseLevel(*[jax.ShapeDtypeStruct((16,), jnp.float32, sharding=batch)] * 3)
     uncond = jax.ShapeDtypeStruct((1, 4), jnp.float32, sharding=whole)
@@ -168,6 +171,22 @@ def test_a_guided_batch_stays_on_its_devices():
     assert compiled.output_shardings.is_equivalent_to(batch, 2)
     for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
         assert collective not in compiled.as_text()
+
+
+def test_guidance_in_two_calls_takes_the_memory_of_one():
+    """Of a network that needs 1024 hidden numbers an example: half the temporaries, within 10 %."""
+
+    def temporaries(at_once):
+        weights = jax.ShapeDtypeStruct((4, 1024), jnp.float32)
+        x, times = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 4), (64,)))
+        apply = lambda params, x, time, cond: jnp.sin((x + cond) @ params) @ params.T  # noqa: E731
+        denoise = guided(discrete_denoiser(apply), 3.0, at_once=at_once)
+        cond = jax.ShapeDtypeStruct((64, 1), jnp.float32)
+        lowered = jax.jit(denoise).lower(weights, x, NoiseLevel(*[times] * 3), (cond, cond))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(True) >= 2 * 64 * 1024 * 4
+    assert temporaries(False) <= 0.55 * temporaries(True)
 
 
 @pytest.mark.parametrize("guidance", [-0.5, float("nan"), float("inf")])
