@@ -114,8 +114,8 @@ def guided(denoise: Denoise, guidance: float, *, at_once: bool = True) -> Denois
 
     Args:
       denoise: the denoiser to ask, with and without the condition.
-      at_once: asks as one batch of 2B; else twice, which takes half the memory and longer.
       guidance: 1 is the condition alone, for which the denoiser is asked once; 0 is without it.
+      at_once: asks as one batch of 2B; else twice, which takes half the memory and longer.
 
     Returns:
       denoise(params, x_t, level, (cond, uncond), **options) -> x0. cond and uncond are equal

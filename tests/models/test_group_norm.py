@@ -13,14 +13,14 @@ SHAPE, GROUPS, EPSILON = (2, 4, 6, 16), 4, 1e-5
 NORM = GroupNorm(EPSILON, GROUPS)
 
 
-@pytest.mark.parametrize("dtype, mean, rtol", [("float32", 30, 1e-5), ("bfloat16", 30, 1e-2)])
-def test_values_and_gradients_are_the_closed_form(dtype, mean, rtol):
+@pytest.mark.parametrize("dtype, rtol", [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_values_and_gradients_are_the_closed_form(dtype, rtol):
     """To 1e-5 of the largest in float32; in bfloat16 to its own 2^-8 and a little.
 
     The mean is 30 standard deviations: in bfloat16 a quarter of one is what rounding x changes.
     """
     rng = np.random.default_rng(0)
-    x, g = (jnp.asarray(rng.standard_normal(SHAPE) + at, dtype) for at in (mean, 0))
+    x, g = (jnp.asarray(rng.standard_normal(SHAPE) + at, dtype) for at in (30, 0))
     scale, bias = rng.standard_normal((2, SHAPE[-1])).astype(np.float32)
     values, gradient = _closed_form(x, g, scale, bias)
     params = {"params": {"scale": scale, "bias": bias}}
