@@ -32,6 +32,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"\bchannel_id=\d+")
 _OP_NAME = re.compile(r'op_name="([^"]+)"')
+_OPERAND = re.compile(r"([\w.\-]+)(?=[,)])")
 _CONSTANT = re.compile(r"^\((\d+)\)")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 
@@ -129,6 +130,7 @@ class _Cost(NamedTuple):
 def _cost(module: Module, name: str, known: dict[str, _Cost]) -> _Cost:
     if name not in known:
         cycles, collectives, kernels, operators = 0, {}, Counter(), Counter()
+        shapes = {one.name: one.shape for one in module.computations[name]}
         for instruction in module.computations[name]:
             own = _CYCLES.search(instruction.rest)
             if own:
@@ -136,10 +138,9 @@ def _cost(module: Module, name: str, known: dict[str, _Cost]) -> _Cost:
                 operators[_operator(instruction)] += int(own[1])
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                operands = instruction.rest[: _closing(instruction.rest)]
-                sizes = array_bytes(instruction.shape) + array_bytes(operands)
                 channel = _CHANNEL.search(instruction.rest)
-                collectives[channel[0] if channel else instruction.name] = kind, max(sizes)
+                size = _collective_bytes(instruction, shapes)
+                collectives[channel[0] if channel else instruction.name] = kind, size
             if _KERNEL in instruction.rest:
                 kernels[kernel_of(instruction.name, instruction.rest)] += 1
             for inner, times in _inner(module, instruction):
@@ -154,6 +155,16 @@ def _cost(module: Module, name: str, known: dict[str, _Cost]) -> _Cost:
                     kernels[kernel] += times * count
         known[name] = _Cost(cycles, collectives, kernels, operators)
     return known[name]
+
+
+def _collective_bytes(instruction: Instruction, shapes: dict[str, str]) -> int:
+    """Of all its operands, which XLA combines to one instruction, or of all its results."""
+    operands = _OPERAND.findall(instruction.rest[: _closing(instruction.rest)])
+    taken = sum(sum(array_bytes(shapes[name])) for name in operands if name in shapes)
+    given = sum(array_bytes(instruction.shape))
+    if instruction.opcode.endswith("-start"):
+        given -= taken  # its result has the operands as well
+    return max(taken, given)
 
 
 def _operator(instruction: Instruction) -> str:

@@ -54,6 +54,10 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
   %x = f32[8]{{0}} parameter(0)
   %start = (f32[8]{{0}}, f32[2]{{0}}) reduce-scatter-start(%x), dimensions={{0}}
   %done = f32[2]{{0}} reduce-scatter-done(%start)
+  %y = bf16[4,2]{{1,0:T(8,128)(2,1)S(1)}} convert(%x)
+  %sums = (f32[8]{{0:T(128)}}, bf16[4,2]{{1,0:T(8,128)}}) all-reduce(%x, %y), channel_id=7
+  %both = ((f32[8]{{0}}, bf16[4,2]{{1,0}}), (f32[16]{{0}}, bf16[4,4]{{1,0}})) \
+all-gather-start(%x, %y), dimensions={{0}}
   %loop = (s32[], f32[8]{{0:T(8,128)}}) while(%x), condition=%condition, body=%body
   ROOT %if = f32[8]{{0}} conditional(%x, %x), branch_computations={{%yes, %no}}
 }}
@@ -63,7 +67,11 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 def test_loops_count_as_often_as_they_run_and_of_branches_the_dearest():
     totals = hlo.totals(hlo.parse(TEXT))
     assert totals.cycles == 6 * 10 + 7  # a fusion's inside has no cycles of its own
-    assert totals.collective_bytes == {"reduce-scatter": 32, "all-gather": 6 * 16 * 8 * 4}
+    assert totals.collective_bytes == {
+        "reduce-scatter": 32,
+        "all-reduce": 32 + 16,
+        "all-gather": 6 * 16 * 8 * 4 + 64 + 32,
+    }
     assert totals.operators == {"up/conv/neg": 60, "copy": 7}
     assert totals.kernels == {Kernel("splash_mha_fwd", (2, 8, 40, 512), 256): 6}
 
