@@ -7,6 +7,7 @@ import pytest
 from commands import TINY, fails, finish, start
 
 from dmd_jax.compilation import topology
+from dmd_jax.compilation.hlo import COLLECTIVES
 
 BATCHES = ("--config.batch_size=16", "--config.regression_batch_size=16")
 
@@ -33,6 +34,8 @@ def test_a_small_step_for_sixteen_tpus_fits_takes_over_its_state_and_gathers_its
     # fsdp: weights are gathered, and of their gradients each device keeps its part.
     assert found["collective_bytes"]["all-gather"] > 100_000
     assert found["collective_bytes"].keys() & {"all-reduce", "reduce-scatter"}
+    sent = [found["collective_bytes"].get(kind, 0) for kind in ("all-reduce", *COLLECTIVES)]
+    assert found["collective_seconds"] == pytest.approx(sum(sent) / 200e9)
     assert found["cycles"] > 100_000 and 0 < found["utilisation"] < 1
     assert found["images_per_second"] == pytest.approx(16 / found["step_seconds"])
 

@@ -50,7 +50,9 @@ def figures(compiled: Any, chip: Chip | None, *, flops: float, images: int) -> d
     in_kernels = sum(
         count * kernel_cycles(kernel, chip) for kernel, count in totals.kernels.items()
     )
-    on_links = sum(totals.collective_bytes.values()) / chip.interconnect
+    # An all-reduce is a reduce-scatter and an all-gather of the sums.
+    sent = totals.collective_bytes.total() + totals.collective_bytes["all-reduce"]
+    on_links = sent / chip.interconnect
     seconds = (totals.cycles + in_kernels) / chip.clock + on_links
     return found | {
         "cycles": totals.cycles,

@@ -33,6 +33,8 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"\bchannel_id=\d+")
 _OP_NAME = re.compile(r'op_name="([^"]+)"')
 _OPERAND = re.compile(r"([\w.\-]+)(?=[,)])")
+# What the TPU compiler calls the fusion of an all-reduce with the part that a device keeps of it.
+_REDUCE_SCATTER = "all-reduce-scatter"
 _CONSTANT = re.compile(r"^\((\d+)\)")
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 
@@ -137,6 +139,8 @@ def _cost(module: Module, name: str, known: dict[str, _Cost]) -> _Cost:
                 cycles += int(own[1])
                 operators[_operator(instruction)] += int(own[1])
             kind = instruction.opcode.removesuffix("-start")
+            if name.startswith(_REDUCE_SCATTER):
+                kind = kind.replace("all-reduce", "reduce-scatter")
             if kind in COLLECTIVES:
                 channel = _CHANNEL.search(instruction.rest)
                 size = _collective_bytes(instruction, shapes)
