@@ -21,7 +21,7 @@ MOST_LOGITS = 1 << 21
 CHUNK = 512
 # From this many logits a head on, a CPU takes one head, and so many of its queries, at a time: what
 # its cache holds.
-CACHED_LOGITS, CACHED_QUERIES = 1 << 14, 256
+CACHED_LOGITS, CACHED_QUERIES = 1 << 14, 512
 _AT_ONCE: ContextVar[bool] = ContextVar("at_once", default=False)
 
 
@@ -135,8 +135,13 @@ def _by_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     @jax.checkpoint
     def one(part: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         logits = jnp.einsum("blk,bks->bls", part, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * channels**-0.5).astype(v.dtype)
-        return jnp.einsum("bls,bks->blk", weights, v)
+        # Softmax whose division comes last, where it is one for each channel, not for each key.
+        # No gradient runs through the largest logit, on which the result does not depend.
+        logits = logits * channels**-0.5
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        total = weights.sum(-1)[..., None]
+        found = jnp.einsum("bls,bks->blk", weights.astype(v.dtype), v)
+        return (found / total).astype(v.dtype)
 
     def of_head(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         parts, k, v = inputs
