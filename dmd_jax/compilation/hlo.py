@@ -139,10 +139,11 @@ def _cost(module: Module, name: str, known: dict[str, _Cost]) -> _Cost:
                 cycles += int(own[1])
                 operators[_operator(instruction)] += int(own[1])
             kind = instruction.opcode.removesuffix("-start")
+            channel = _CHANNEL.search(instruction.rest)
             if name.startswith(_REDUCE_SCATTER):
                 kind = kind.replace("all-reduce", "reduce-scatter")
+                channel = None  # all of these fusions have the same
             if kind in COLLECTIVES:
-                channel = _CHANNEL.search(instruction.rest)
                 size = _collective_bytes(instruction, shapes)
                 collectives[channel[0] if channel else instruction.name] = kind, size
             if _KERNEL in instruction.rest:

@@ -56,9 +56,16 @@ backend_config={{"estimated_cycles":"10"}}
   ROOT %own = f32[2]{{0}} slice(%sum), slice={{[2:4]}}
 }}
 
+%all-reduce-scatter.5 (q: f32[8]) -> f32[2] {{
+  %q = f32[8]{{0}} parameter(0)
+  %total = f32[8]{{0}} all-reduce(%q), channel_id=9
+  ROOT %mine = f32[2]{{0}} slice(%total), slice={{[2:4]}}
+}}
+
 ENTRY %main (x: f32[8]) -> f32[8] {{
   %x = f32[8]{{0}} parameter(0)
   %part = f32[2]{{0}} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.4.clone
+  %other = f32[2]{{0}} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.5
   %start = (f32[8]{{0}}, f32[2]{{0}}) reduce-scatter-start(%x), dimensions={{0}}
   %done = f32[2]{{0}} reduce-scatter-done(%start)
   %y = bf16[4,2]{{1,0:T(8,128)(2,1)S(1)}} convert(%x)
@@ -75,7 +82,7 @@ def test_loops_count_as_often_as_they_run_and_of_branches_the_dearest():
     totals = hlo.totals(hlo.parse(TEXT))
     assert totals.cycles == 6 * 10 + 7  # a fusion's inside has no cycles of its own
     assert totals.collective_bytes == {
-        "reduce-scatter": 32 + 32,
+        "reduce-scatter": 32 + 32 + 32,
         "all-reduce": 32 + 16,
         "all-gather": 6 * 16 * 8 * 4 + 64 + 32,
     }
