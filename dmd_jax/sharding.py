@@ -103,6 +103,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def keep_rows(x: jax.Array) -> jax.Array:
+    """x [B, …], and its gradient, split as a batch is in a program for a mesh, if B divides."""
+    mesh = mesh_in_use()
+    if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
 def infer_shardings(abstract: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """A NamedSharding for every leaf of a tree of arrays or ShapeDtypeStructs.
 

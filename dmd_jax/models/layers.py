@@ -20,6 +20,7 @@ from jax import lax
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.attention import attend
+from dmd_jax.sharding import keep_rows
 
 SQRT_HALF = math.sqrt(0.5)
 
@@ -93,6 +94,17 @@ def conv(
     )
 
 
+class RowsDense(nn.Dense):
+    """A linear layer of [B, C] whose examples stay on their devices.
+
+    Left to itself, XLA may gather the examples of all devices, which are small, rather than the
+    weights; the traffic then grows with the devices.
+    """
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return keep_rows(super().__call__(keep_rows(inputs)))
+
+
 def dense(
     features: int,
     *,
@@ -101,7 +113,7 @@ def dense(
     use_bias: bool = True,
 ) -> nn.Dense:
     """A linear layer of the embedding. It is float32 in every compute dtype, being cheap."""
-    return nn.Dense(features, use_bias=use_bias, kernel_init=init, dtype=jnp.float32, name=name)
+    return RowsDense(features, use_bias=use_bias, kernel_init=init, dtype=jnp.float32, name=name)
 
 
 def layer_norm(*, name: str, dtype: jnp.dtype, epsilon: float = 1e-5) -> nn.LayerNorm:
