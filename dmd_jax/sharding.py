@@ -87,10 +87,15 @@ def mesh_in_use() -> Mesh | None:
     return _MESH.get()
 
 
+def device_in_use() -> jax.Device:
+    """One of the devices that a program is for."""
+    mesh = mesh_in_use()
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
 def platform_in_use() -> str:
     """Of the devices that a program is for: JAX's name, such as "tpu"."""
-    mesh = mesh_in_use()
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return device_in_use().platform
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.splash import fits, splash
-from dmd_jax.sharding import mesh_in_use, platform_in_use
+from dmd_jax.sharding import device_in_use, mesh_in_use
 
 # Self-attention of fewer queries is as fast with XLA as with a kernel.
 MANY_QUERIES = 1024
@@ -93,22 +93,22 @@ def implementation(q: jax.Array, k: jax.Array, *, free: bool) -> str:
 
     Returns:
       For many queries in bfloat16 "splash" on TPU, in a program for a mesh
-      (`sharding.program_for`), and "cudnn" on GPU, for at most 128 channels a head; both write no
-      logits. On CPU, unless there are few logits, "heads", one head and a part of its queries after
-      the other. Elsewhere "parts", XLA on a part of the queries after the other, where the logits
-      of all would take much memory. The backward pass computes the logits of both again. Else
-      "xla".
+      (`sharding.program_for`), and "cudnn" on NVIDIA's GPUs from Ampere on, for at most 128
+      channels a head; both write no logits. On CPU, unless there are few logits, "heads", one head
+      and a part of its queries after the other. Elsewhere "parts", XLA on a part of the queries
+      after the other, where the logits of all would take much memory. The backward pass computes
+      the logits of both again. Else "xla".
     """
     if _AT_ONCE.get():
         return "xla"
     mesh, (_, length, _, channels) = mesh_in_use(), q.shape
-    platform = platform_in_use()
+    device = device_in_use()
     if free and length >= MANY_QUERIES and q.dtype == jnp.bfloat16:
-        if platform == "tpu" and mesh is not None and fits(q.shape, mesh):
+        if device.platform == "tpu" and mesh is not None and fits(q.shape, mesh):
             return "splash"
-        if platform in ("gpu", "cuda") and channels <= 128 and channels % 8 == 0:
+        if _has_cudnn(device) and channels <= 128 and channels % 8 == 0:
             return "cudnn"
-    if free and platform == "cpu" and length * k.shape[1] >= CACHED_LOGITS:
+    if free and device.platform == "cpu" and length * k.shape[1] >= CACHED_LOGITS:
         return "heads"
     much = length * k.shape[1] > MOST_LOGITS and length % CHUNK == 0
     return "parts" if free and much else "xla"
@@ -154,6 +154,13 @@ def _by_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     k, v = jnp.transpose(k, (2, 0, 3, 1)), jnp.transpose(v, (2, 0, 3, 1))
     found = jax.lax.map(of_head, (parts, k, v))
     return jnp.moveaxis(found, (0, 1), (3, 1)).reshape(q.shape)
+
+
+def _has_cudnn(device: jax.Device) -> bool:
+    """Whether cuDNN's attention runs there: it needs compute capability 8.0 (cuDNN documentation,
+    "Scaled Dot Product Attention"). AMD's GPUs have names for it, such as "gfx942"."""
+    major = getattr(device, "compute_capability", "").partition(".")[0]
+    return device.platform == "gpu" and major.isdigit() and int(major) >= 8
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("platform, expected", [("gpu", "parts"), ("cpu", "heads")])
 def test_many_queries_in_parts_are_all_at_once_in_less_memory(platform, expected, monkeypatch):
     """Above MOST_LOGITS: values and gradients to 5e-6 of the largest, a part of the memory."""
-    monkeypatch.setattr(attention, "platform_in_use", lambda: platform)
+    monkeypatch.setattr(attention, "device_in_use", lambda: SimpleNamespace(platform=platform))
     rng = np.random.default_rng(0)
     length = 4 * attention.CHUNK
     q, k, v, weight = rng.standard_normal((4, 2, length, 2, 8)).astype(np.float32)
@@ -121,14 +121,15 @@ def test_the_kernel_for_tpu_is_the_equation_on_each_devices_rows(keys):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
-def mesh_of(platform, rows=4):
-    """What is asked of a mesh whose devices are not here."""
-    devices = np.array([SimpleNamespace(platform=platform)])
+def mesh_of(device, rows=4):
+    """What is asked of a mesh whose devices are not here: a platform, and a GPU's capability."""
+    platform, _, capability = device.partition(" ")
+    devices = np.array([SimpleNamespace(platform=platform, compute_capability=capability)])
     return SimpleNamespace(devices=devices, shape={"data": 1, "fsdp": rows})
 
 
 @pytest.mark.parametrize(
-    "platform, shape, keys, dtype, expected",
+    "device, shape, keys, dtype, expected",
     [
         ("tpu", (8, 4096, 8, 40), 4096, "bfloat16", "splash"),
         ("tpu", (8, 1024, 8, 80), 1024, "bfloat16", "splash"),
@@ -137,19 +138,22 @@ def mesh_of(platform, rows=4):
         ("tpu", (8, 4096, 8, 40), 77, "bfloat16", "splash"),
         ("tpu", (8, 256, 8, 160), 256, "bfloat16", "xla"),
         ("tpu", (8, 4096, 8, 40), 4096, "float32", "parts"),
-        ("gpu", (8, 4096, 8, 40), 4096, "bfloat16", "cudnn"),
-        ("gpu", (8, 4096, 8, 40), 77, "bfloat16", "cudnn"),
-        ("gpu", (8, 4096, 1, 512), 4096, "bfloat16", "parts"),
+        ("gpu 9.0", (8, 4096, 8, 40), 4096, "bfloat16", "cudnn"),
+        ("gpu 10.3", (8, 4096, 8, 40), 77, "bfloat16", "cudnn"),
+        ("gpu 9.0", (8, 4096, 1, 512), 4096, "bfloat16", "parts"),
+        ("gpu 9.0", (8, 4096, 8, 40), 4096, "float32", "parts"),
+        ("gpu 7.5", (8, 4096, 8, 40), 4096, "bfloat16", "parts"),
+        ("gpu gfx942", (8, 4096, 8, 40), 4096, "bfloat16", "parts"),
         ("cpu", (8, 4096, 8, 40), 4096, "bfloat16", "heads"),
         ("cpu", (8, 256, 8, 40), 256, "float32", "heads"),
         ("cpu", (8, 256, 8, 40), 77, "float32", "heads"),
         ("cpu", (8, 64, 8, 40), 77, "float32", "xla"),
     ],
 )
-def test_what_attends_where(platform, shape, keys, dtype, expected):
+def test_what_attends_where(device, shape, keys, dtype, expected):
     q = jax.ShapeDtypeStruct(shape, dtype)
     k = jax.ShapeDtypeStruct((shape[0], keys, *shape[2:]), dtype)
-    with program_for(mesh_of(platform)):
+    with program_for(mesh_of(device)):
         assert attention.implementation(q, k, free=True) == expected
         assert attention.implementation(q, k, free=False) == "xla"
 
