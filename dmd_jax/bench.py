@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--separately",
         action="store_true",
-        help="one after the other rather than in turns, so that one at a time has the memory",
+        help="one after the other rather than in turns, ours last, so that one at a time has the "
+        "memory",
     )
     parser.add_argument("--json", type=local_path, metavar="FILE", help="all figures, for programs")
     add_process_arguments(parser)
@@ -120,29 +121,27 @@ def _heats(config: ConfigDict, args: argparse.Namespace) -> Iterator[Heat]:
 
 
 def _step_heat(config: ConfigDict, mesh: Mesh, names: Sequence[str]) -> Heat:
-    with _fitting():
-        own = OwnStep(config, mesh)
-    peers = {}
+    own, peers = OwnStep(config, mesh), {}
     if names:
         from dmd_jax.benchmark.torch_peers import step_peer
 
         peers = _named(names, step_peer(config, own))
-    return Heat("training step", own.images, own.flops, _rival(own), peers)
+    return Heat("training step", own.images, own.flops, functools.partial(_rival, own), peers)
 
 
 def _images_heat(config: ConfigDict, names: Sequence[str], options: dict[str, Any]) -> Heat:
-    with _fitting():
-        own = OwnImages(config, **options)
-    peers, decoder = {}, options["decoder"]
+    own, peers, decoder = OwnImages(config, **options), {}, options["decoder"]
     if names:
         from dmd_jax.benchmark.torch_peers import images_peer
 
         peers = _named(names, images_peer(config, own, decoder))
     title = "to pixels in one step" + (f", by {decoder}" if decoder else "")
-    return Heat(title, own.images, own.flops, _rival(own), peers)
+    return Heat(title, own.images, own.flops, functools.partial(_rival, own), peers)
 
 
 def _rival(own: OwnStep | OwnImages) -> Rival:
+    with _fitting():
+        own.prepare()
     return Rival(own, own.facts, own.release)
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dmd_jax import samplers
 from dmd_jax.benchmark.own_step import delete, memory_facts
-from dmd_jax.benchmark.random_arrays import random_weights
+from dmd_jax.benchmark.random_arrays import in_host_memory, random_weights
 from dmd_jax.flops import count_flops
 from dmd_jax.models import abstract_params, build_denoiser, complete
 from dmd_jax.sharding import (
@@ -39,9 +39,10 @@ class OwnImages:
       devices: that share the images.
 
     Attributes:
-      params: {"network", and "text_encoder" and "decoder" where images are made of text}.
-      inputs: latents [N, ...] float32, and tokens [N, L] or labels [N] int32, in NumPy.
       images, flops: as of OwnStep.
+      inputs: latents [N, ...] float32, and tokens [N, L] or labels [N] int32, in NumPy.
+      params: from `prepare` on, {"network", and "text_encoder" and "decoder" where images are made
+        of text}.
 
     Raises:
       UserError: the config asks for something impossible.
@@ -54,23 +55,34 @@ class OwnImages:
         whole, self._rows = replicated(mesh), batch_sharding(mesh)
         generator = _text_generator(config, decoder) if decoder else _label_generator(config)
         shapes = {name: abstract_params(network) for name, network in generator.networks.items()}
-        shapes = with_shardings(shapes, jax.tree.map(lambda _: whole, shapes))
+        self._shapes = with_shardings(shapes, jax.tree.map(lambda _: whole, shapes))
+        rng = np.random.default_rng(0)
+        self.inputs = (
+            rng.standard_normal((count, *generator.latent.shape), np.float32),
+            rng.integers(0, generator.limit, (count, *generator.condition.shape), np.int32),
+        )
+        self._make = functools.partial(_pixels, generator.make, mesh)
+        self.images, self.flops = count, count_flops(self._make, self._shapes, *self.inputs)
+
+    def prepare(self) -> None:
+        """Compiles the program, and makes the weights on the devices."""
         inputs = [
-            jax.ShapeDtypeStruct((count, *row.shape), row.dtype, sharding=self._rows)
-            for row in (generator.latent, generator.condition)
+            jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=self._rows)
+            for rows in self.inputs
         ]
-        make = functools.partial(_pixels, generator.make, mesh)
-        lowered = jax.jit(make, out_shardings=self._rows).lower(shapes, *inputs)
+        lowered = jax.jit(self._make, out_shardings=self._rows).lower(self._shapes, *inputs)
         began = time.perf_counter()
         self._compiled = lowered.compile()
         self._compile_seconds = time.perf_counter() - began
-        self.params = random_weights(shapes)
-        rng = np.random.default_rng(0)
-        self.inputs = (
-            rng.standard_normal(inputs[0].shape, np.float32),
-            rng.integers(0, generator.limit, inputs[1].shape, np.int32),
-        )
-        self.images, self.flops = count, count_flops(make, shapes, *inputs)
+        self.params = random_weights(self._shapes)
+
+    def on_host(self) -> tuple[Any, Any]:
+        """`params` once more, in NumPy, which takes none of the devices' memory, and `inputs`.
+
+        Raises:
+          UserError: see in_host_memory.
+        """
+        return jax.device_get(random_weights(in_host_memory(self._shapes))), self.inputs
 
     def __call__(self) -> np.ndarray:
         """Pixels, uint8 [N, H, W, C]."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmd_jax.benchmark.random_arrays import random_batch, random_weights
+from dmd_jax.benchmark.random_arrays import in_host_memory, random_batch, random_weights
 from dmd_jax.distillation.program import abstract_program, model_flops
 from dmd_jax.experiment import shardings_of
 from dmd_jax.models import complete
@@ -20,27 +21,41 @@ class OwnStep:
     """The config's train step, compiled, with a state, frozen networks and a batch on the mesh.
 
     Attributes:
-      params: the teacher's and the perceptual parameters, which the step takes.
-      batch: what it takes besides. state: the TrainState, replaced by each step.
       images: of a step. flops: that its model needs, without what is computed again for memory.
+      params: from `prepare` on, the teacher's and the perceptual parameters, which the step takes.
+      batch: what it takes besides. state: the TrainState, replaced by each step.
 
     Raises:
       UserError: the config asks for something impossible.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
-        program = abstract_program(config, mesh)
-        abstract = program.arguments(config)
-        lowered = program.step(config).lower(*abstract)
+        self._config, self._program = config, abstract_program(config, mesh)
+        self.images, self.flops = config.batch_size, model_flops(config)
+
+    def prepare(self) -> None:
+        """Compiles the step, and makes on the devices what it takes."""
+        program = self._program
+        lowered = program.step(self._config).lower(*program.arguments(self._config))
         began = time.perf_counter()
         self._compiled = lowered.compile()
         self._facts = {"compile_seconds": time.perf_counter() - began}
         self._facts["state_bytes"] = bytes_a_device(program.state)
-        self.params = (random_weights(program.teacher), random_weights(program.perceptual))
-        self.batch = random_batch(abstract[3], _limits(config))
+        self.params, self.batch = self._inputs(lambda abstract: abstract)
         initialize = jax.jit(program.initialize, out_shardings=shardings_of(program.state))
         self.state = initialize(self.params[0])
-        self.images, self.flops = config.batch_size, model_flops(config)
+
+    def on_host(self) -> tuple[Any, Any]:
+        """`params` and `batch` once more, in NumPy, which takes none of the devices' memory.
+
+        Raises:
+          UserError: see in_host_memory.
+        """
+        return jax.device_get(self._inputs(in_host_memory))
+
+    def _inputs(self, placed: Callable[[Any], Any]) -> tuple[Any, Any]:
+        _, *frozen, batch = map(placed, self._program.arguments(self._config))
+        return tuple(map(random_weights, frozen)), random_batch(batch, _limits(self._config))
 
     def __call__(self) -> dict[str, jax.Array]:
         """One step; returns its metrics, ready."""

@@ -11,6 +11,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from dmd_jax.errors import UserError
+from dmd_jax.sharding import with_shardings
+
+
+def in_host_memory(abstract: Any) -> Any:
+    """A tree of ShapeDtypeStructs for the host's CPU, which JAX has beside other devices.
+
+    Raises:
+      UserError: JAX was told to do without it.
+    """
+    try:
+        cpu = SingleDeviceSharding(jax.devices("cpu")[0])
+    except RuntimeError:
+        raise UserError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms} leaves out the CPU; expected "
+            f"JAX_PLATFORMS={jax.config.jax_platforms},cpu"
+        ) from None
+    return with_shardings(abstract, jax.tree.map(lambda _: cpu, abstract))
 
 
 def random_weights(abstract: Any) -> Any:

@@ -28,7 +28,7 @@ class Heat(NamedTuple):
     title: str
     images: int  # of a unit
     flops: int  # that the model needs for it, whoever does it
-    ours: Rival
+    ours: Callable[[], Rival]
     peers: Mapping[str, Callable[[], Rival]]
 
 
@@ -37,7 +37,8 @@ def run_heat(heat: Heat, rounds: int, *, separately: bool, peak: float | None) -
 
     Args:
       separately: each is released before the next is made, which saves memory; else they take
-        turns.
+        turns. Ours is then the last: JAX keeps what it has once taken of a GPU's memory
+        (documentation of JAX, "GPU memory allocation"), and PyTorch gives it back.
       peak: the devices' operations a second, where known.
 
     Returns:
@@ -45,9 +46,9 @@ def run_heat(heat: Heat, rounds: int, *, separately: bool, peak: float | None) -
       either "error" or "seconds", "images_per_second", "flops_per_second", "utilisation" and its
       facts; the peers also with "ratio", how many times longer they take.
     """
-    results: dict[str, dict[str, Any]] = {OURS: {}}
+    results: dict[str, dict[str, Any]] = {name: {} for name in (OURS, *heat.peers)}
     seconds: dict[str, np.ndarray] = {}
-    running = {OURS: heat.ours}
+    running: dict[str, Rival] = {}
 
     def finish() -> None:
         works = {name: rival.work for name, rival in running.items()}
@@ -57,16 +58,19 @@ def run_heat(heat: Heat, rounds: int, *, separately: bool, peak: float | None) -
             rival.release()
         running.clear()
 
+    if not separately:
+        running[OURS] = heat.ours()
     for name, make in heat.peers.items():
-        if separately:
-            finish()
-        results[name] = {}
         try:
             running[name] = make()
             running[name].work()  # compiles, or shows that it cannot
         except Exception as error:  # Its libraries and its compiler may raise anything.
             running.pop(name, None)
             results[name]["error"] = f"{type(error).__name__}: {first_line(error)}"
+        if separately:
+            finish()
+    if separately:
+        running[OURS] = heat.ours()
     finish()
     for name, taken in seconds.items():
         results[name] |= _figures(taken, heat, peak)

@@ -1,4 +1,4 @@
-"""Rivals in PyTorch, with the weights and the inputs that our side has on its device."""
+"""Rivals in PyTorch, with the weights and the inputs of our side."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from dmd_jax.errors import UserError
 
 
 def step_peer(config: ConfigDict, own: OwnStep) -> Callable[[bool], Rival]:
-    """Whether it is compiled -> the peer of a train step. Nothing of `own`'s device is kept.
+    """Whether it is compiled -> the peer of a train step.
 
     Raises:
       UserError: PyTorch has not the one device that JAX has.
     """
     device = torch_device()
-    params, batch = jax.device_get((own.params, own.batch))
 
     def make(compiled: bool) -> Rival:
+        params, batch = own.on_host()
         step = TorchStep(config, *params, device=device, compiled=compiled)
         rows = step.to_device(batch)
         return _rival([lambda: step(rows)], device)
@@ -38,11 +38,10 @@ def step_peer(config: ConfigDict, own: OwnStep) -> Callable[[bool], Rival]:
 def images_peer(config: ConfigDict, own: OwnImages, decoder: str | None) -> Callable[[bool], Rival]:
     """Likewise of the one-step generator."""
     device = torch_device()
-    params, inputs = jax.device_get(own.params), own.inputs
 
     def make(compiled: bool) -> Rival:
         options = {"decoder": decoder, "device": device, "compiled": compiled}
-        return _rival([TorchImages(config, params, inputs, **options)], device)
+        return _rival([TorchImages(config, *own.on_host(), **options)], device)
 
     return make
 

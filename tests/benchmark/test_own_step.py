@@ -14,6 +14,7 @@ from dmd_jax.schedules import edm_level
 def test_the_step_goes_on_from_its_own_state():
     config = load_config(str(TINY), ["--config.mesh.fsdp=2"])
     own = OwnStep(config, mesh_of(config))
+    own.prepare()
     losses = [float(own()["loss_fake_score"]) for _ in range(3)]
     assert int(own.state.step) == 3
     assert len(set(losses)) == 3

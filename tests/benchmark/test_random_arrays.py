@@ -1,9 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dmd_jax.benchmark.random_arrays import random_batch, random_weights
+from dmd_jax.benchmark.random_arrays import in_host_memory, random_batch, random_weights
+from dmd_jax.errors import UserError
 from dmd_jax.sharding import make_mesh
 
 
@@ -27,6 +29,21 @@ def test_weights_are_of_ordinary_size_and_where_they_belong():
     np.testing.assert_array_equal(found["a"]["scale"], 1)
     assert not np.any(np.asarray(kernel) == np.asarray(found["b"]["kernel"]))
     jax.tree.map(np.testing.assert_array_equal, found, random_weights(abstract))
+
+
+def test_the_same_weights_in_the_hosts_memory(monkeypatch):
+    split = NamedSharding(make_mesh(), PartitionSpec("data"))
+    abstract = {"kernel": jax.ShapeDtypeStruct((400, 64), jnp.float32, sharding=split)}
+    kernel = random_weights(in_host_memory(abstract))["kernel"]
+    assert kernel.devices() == {jax.devices("cpu")[0]}
+    np.testing.assert_array_equal(kernel, random_weights(abstract)["kernel"])
+
+    def without_cpu(platform):
+        raise RuntimeError(f"Unknown backend {platform}")
+
+    monkeypatch.setattr(jax, "devices", without_cpu)
+    with pytest.raises(UserError, match="leaves out the CPU; expected JAX_PLATFORMS=.*,cpu"):
+        in_host_memory(abstract)
 
 
 def test_batch():

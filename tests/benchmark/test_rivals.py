@@ -31,8 +31,8 @@ def machine(monkeypatch):
 
 def test_figures_and_ratio(machine):
     rival, log = machine
-    ours = rival("ours", 0.5, donated=True)
-    heat = Heat("step", 8, 4_000, ours, {"torch": lambda: rival("theirs", 0.75, version="2")})
+    peers = {"torch": lambda: rival("theirs", 0.75, version="2")}
+    heat = Heat("step", 8, 4_000, lambda: rival("ours", 0.5, donated=True), peers)
     found = run_heat(heat, 3, separately=False, peak=16_000.0)
     mine, theirs = found["rivals"]
     assert (found["title"], found["images"], found["flops"]) == ("step", 8, 4_000)
@@ -43,21 +43,24 @@ def test_figures_and_ratio(machine):
     assert mine["donated"] is True and theirs["version"] == "2"
     assert "ratio" not in mine
     assert theirs["ratio"] == {"median": 1.5, "p10": 1.5, "p90": 1.5}
+    assert log[:2] == ["make ours", "make theirs"]
     assert log[-2:] == ["release ours", "release theirs"]
 
 
-def test_separately_each_is_released_before_the_next_is_made(machine):
+def test_separately_each_is_released_before_the_next_is_made_and_ours_is_last(machine):
     rival, log = machine
     peers = {"torch": lambda: rival("b", 1), "torch-compile": lambda: rival("c", 3)}
-    found = run_heat(Heat("step", 1, 1, rival("a", 2), peers), 1, separately=True, peak=None)
+    heat = Heat("step", 1, 1, lambda: rival("a", 2), peers)
+    found = run_heat(heat, 1, separately=True, peak=None)
     assert [entry for entry in log if " " in entry] == [
-        "make a",
-        "release a",
         "make b",
         "release b",
         "make c",
         "release c",
+        "make a",
+        "release a",
     ]
+    assert [row["name"] for row in found["rivals"]] == ["dmd_jax", "torch", "torch-compile"]
     ratios = [row.get("ratio", {}).get("median") for row in found["rivals"]]
     assert ratios == [None, 0.5, 1.5]
     assert found["rivals"][0]["utilisation"] is None
@@ -73,7 +76,8 @@ def test_a_peer_that_cannot_run_is_told_of_and_the_others_go_on(machine):
         return Rival(failing, dict, lambda: None)
 
     peers = {"torch-compile": failing_at_work, "torch": lambda: rival("b", 1)}
-    heat = Heat("step", 4, 2_000_000_000, rival("a", 2, donated=False, peak_bytes=2**30), peers)
+    ours = lambda: rival("a", 2, donated=False, peak_bytes=2**30)  # noqa: E731
+    heat = Heat("step", 4, 2_000_000_000, ours, peers)
     found = run_heat(heat, 2, separately=False, peak=None)
     names = [row["name"] for row in found["rivals"]]
     assert names == ["dmd_jax", "torch-compile", "torch"]

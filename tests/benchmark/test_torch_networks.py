@@ -89,8 +89,8 @@ def test_pixels_of_tokens(monkeypatch, decoder):
     config = text_config()
     config.text.vae = dict(name="autoencoder_kl", **VAE)
     own = own_images.OwnImages(config, count=2, decoder=decoder, devices=jax.devices()[:1])
-    params = jax.device_get(own.params)
-    peer = TorchImages(config, params, own.inputs, decoder=decoder, device=torch.device(CPU))
+    own.prepare()
+    peer = TorchImages(config, *own.on_host(), decoder=decoder, device=torch.device(CPU))
     ours, theirs = own(), peer()
     assert ours.shape == theirs.shape == (2, 64, 64, 3) and ours.dtype == theirs.dtype == np.uint8
     assert len(np.unique(ours)) > 10

@@ -34,7 +34,8 @@ def both(monkeypatch):
 
     def make(config):
         own = own_step.OwnStep(config, make_mesh(devices=jax.devices()[:1]))
-        params, batch = jax.device_get((own.params, own.batch))
+        own.prepare()
+        params, batch = own.on_host()
         peer = TorchStep(config, *params, device=torch.device("cpu"))
         rows = peer.to_device(batch)
         key = jax.device_get(own.state.key)
