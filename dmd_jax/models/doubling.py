@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dmd_jax.models.folding import add_bias, convolve, folded_kernel
-from dmd_jax.sharding import platform_in_use
+from dmd_jax.sharding import gathered, platform_in_use
 
 
 class DoublingConv(nn.Module):
@@ -59,7 +59,7 @@ def as_one(x: jax.Array, kernel: jax.Array, *, folded: bool = False) -> jax.Arra
         kernel = _and_repeated(kernel, axis=1)
     return lax.conv_general_dilated(
         x,
-        kernel.astype(x.dtype),
+        gathered(kernel.astype(x.dtype)),
         (1, 1),
         [(2, 2)] * 2,
         lhs_dilation=(2, 2),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ from jax import lax
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.attention import attend
-from dmd_jax.sharding import keep_rows
+from dmd_jax.sharding import gathered, keep_rows
 
 SQRT_HALF = math.sqrt(0.5)
 
@@ -89,9 +89,15 @@ def conv(
         (size, size),
         padding=size // 2 + extra_padding,
         kernel_init=init,
+        conv_general_dilated=convolution,
         dtype=dtype,
         name=name,
     )
+
+
+def convolution(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+    """lax.conv_general_dilated, for which the kernel is gathered."""
+    return lax.conv_general_dilated(x, gathered(kernel), *args, **options)
 
 
 class RowsDense(nn.Dense):

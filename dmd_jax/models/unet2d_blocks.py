@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dmd_jax.models.attention import attend
 from dmd_jax.models.doubling import DoublingConv
-from dmd_jax.models.layers import XAVIER, GroupNorm, conv, dense
+from dmd_jax.models.layers import XAVIER, GroupNorm, conv, convolution, dense
 
 Size = tuple[int, int]  # height, width
 # Makes a module that is given its fields and its name.
@@ -58,7 +58,15 @@ class Downsample2D(nn.Module):
         The U-Net pads by (1, 1), the autoencoder by (0, 1); "SAME" is neither for every size.
         """
         padding = [(self.padding_before, 1)] * 2
-        strided = nn.Conv(self.features, (3, 3), 2, padding=padding, dtype=self.dtype, name="conv")
+        strided = nn.Conv(
+            self.features,
+            (3, 3),
+            2,
+            padding=padding,
+            conv_general_dilated=convolution,
+            dtype=self.dtype,
+            name="conv",
+        )
         return strided(x)
 
 
