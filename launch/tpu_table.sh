@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What the experiments of the paper need of a TPU, by the TPU compiler and without a TPU: compiles
 # each one's step for the slices below and prints a table of memory and time. Machine code for
-# Stable Diffusion's step takes two cores half an hour to an hour and up to 40 GB of memory, of
-# which swap may be half; what a FOLDER has from an earlier run is not compiled again.
+# Stable Diffusion's step takes two cores half an hour to an hour and a quarter, and up to 40 GB of
+# memory, of which swap may be half; what a FOLDER has from an earlier run is not compiled again.
 #   tpu_table.sh [FOLDER]     (default: runs/tpu_table of the checkout)
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -30,7 +30,7 @@ mkdir -p "$folder"
 folder=$(cd "$folder" && pwd -P)
 cd "$checkout"
 row cifar10_cond v5e:2x4 data=8
-row imagenet64 v5e:4x4 data=1,fsdp=16 --config.remat=full
+row imagenet64 v5e:4x4 data=1,fsdp=16
 row sd15_laion625 v5p:4x4x4 data=4,fsdp=16 --config.remat=none
 row sd15_laion625 v5e:16x16 data=16,fsdp=16
 row sd15_laion625 v6e:8x8 data=4,fsdp=16 --config.remat=none --config.accumulation=3
