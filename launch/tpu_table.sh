@@ -30,7 +30,7 @@ mkdir -p "$folder"
 folder=$(cd "$folder" && pwd -P)
 cd "$checkout"
 row cifar10_cond v5e:2x4 data=8
-row imagenet64 v5e:4x4 data=1,fsdp=16
+row imagenet64 v5e:4x4 data=1,fsdp=16 --config.accumulation=3
 row sd15_laion625 v5p:4x4x4 data=4,fsdp=16 --config.remat=none
 row sd15_laion625 v5e:16x16 data=16,fsdp=16
 row sd15_laion625 v6e:8x8 data=4,fsdp=16 --config.remat=none --config.accumulation=3

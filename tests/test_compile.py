@@ -45,6 +45,7 @@ def test_its_memory_is_known_before_its_code_is_made(tmp_path):
     arguments = (*BATCHES, "--topology", "v5e:4x4", "--mesh", "data=1,fsdp=16", "--until-memory")
     output, found = compiled(tmp_path, *arguments)
     assert "large buffer" in output and "estimate" not in output
+    assert "HBM before the machine code, which adds to it; at most 92%" in output
     memory = found["memory"]
     # The whole step's are 0.8 MB of arguments for each of 16 chips.
     assert memory.keys() == {"arguments", "temporaries", "total", "share"}

@@ -106,9 +106,9 @@ def _memory(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("memory a device", f"{size(memory['total'])} ({parts})")]
     if "share" in memory:
         word = "fits" if result["fits"] else "does not fit"
-        rows.append(
-            (word, f"{memory['share']:.1%} of the chip's HBM; at most {MOST_MEMORY:.0%} should be")
-        )
+        before = "" if "code" in memory else " before the machine code, which adds to it"
+        used = f"{memory['share']:.1%} of the chip's HBM{before}"
+        rows.append((word, f"{used}; at most {MOST_MEMORY:.0%} should be"))
     rows += [
         ("large buffer", f"{one['size']}  {one['shape']}") for one in result.get("largest", ())
     ]
