@@ -25,17 +25,17 @@ bench() { # NAME ARGUMENT…
       --separately "${@:2}"
 }
 
-fashion_mnist() { # CONFIG IMAGES EVALUATE [OVERRIDE…]
+fashion_mnist() { # CONFIG IMAGES SAMPLES EVALUATE [OVERRIDE…]
   local result=$folder/fashion_mnist.seconds lpips=$folder/lpips.safetensors began=$SECONDS
-  local common=(--config "$1" "--config.images=$2" "${@:4}")
+  local common=(--config "$1" "--config.images=$2" "${@:5}")
   common+=("--config.teacher.weights=$folder/teacher" "--config.lpips.weights=$lpips")
   [ ! -e "$result" ] || return 0
   rm -rf "$folder/teacher" "$folder/ablation" # what is there already would be none of the time
   "$environment/bin/dmd-jax" convert lpips "$lpips"
   "$environment/bin/dmd-jax" teacher "${common[@]}" --workdir "$folder/teacher"
   "$environment/bin/dmd-jax" ablate "${common[@]}" --workdir "$folder/ablation" \
-    --rows full,without_matching --seeds 0 \
-    --evaluate "--features vgg16 --lpips $lpips --repeat-grey $3"
+    --rows full,without_matching --seeds 0 --num "$3" \
+    --evaluate "--features vgg16 --lpips $(printf %q "$lpips") --repeat-grey $4"
   say "Fashion-MNIST, from its images to the measured one-step generator: $((SECONDS - began)) s"
   printf '%d\n' $((SECONDS - began)) >"$result"
 }
@@ -51,8 +51,8 @@ if [ -n "$small" ]; then
     --config.regression_batch_size=2 --config.lpips.resolution=32
   bench sd15 --config $sd --steps 2
   bench sd15_latency --config $sd --what latency --steps 5
-  fashion_mnist configs/fashion_mnist.py:cpu "$images" \
-    '--num 640 --vgg-resolution 64 --num-reference 1000' --config.teacher.steps=20 \
+  fashion_mnist configs/fashion_mnist.py:cpu "$images" 640 \
+    '--vgg-resolution 64 --num-reference 1000' --config.teacher.steps=20 \
     --config.pairs.count=200 --config.steps=20
 else
   use_gpus '.[gpu,lpips,tfds,torch]'
@@ -60,5 +60,5 @@ else
   bench sd15 --config configs/sd15_laion625.py --config.batch_size=32 \
     --config.regression_batch_size=16
   bench sd15_latency --config configs/sd15_laion625.py --what latency --steps 100
-  fashion_mnist configs/fashion_mnist.py "$images" '--num 10000'
+  fashion_mnist configs/fashion_mnist.py "$images" 10000 ''
 fi

@@ -4,6 +4,7 @@ The stub Python keeps a log of what it is asked to do and does nothing but make 
 real one would, so that no test installs anything.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -13,6 +14,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
+
+from dmd_jax import ablate
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCED = ("launch/common.sh", "launch/gpu.sh")
@@ -361,6 +365,14 @@ def test_the_flags_for_gpus_are_the_pinned_xlas():
         assert (result.returncode != 0) == fails, result.stderr
 
 
+def evaluated(line):
+    """What `dmd-jax ablate`, called as the line says, measures by, as evaluate's arguments."""
+    parser = argparse.ArgumentParser()
+    ablate.add_arguments(parser)
+    given, _ = parser.parse_known_args(re.findall(r"\[(.*?)\]", line)[1:])
+    return ablate._parsed(ablate.evaluate_arguments(given, ConfigDict({"images": "digits"})))
+
+
 def test_gpu_bench_does_what_has_no_figures(checkout):
     checkout.add_python()
     add_gpus(checkout, "580.1")
@@ -375,6 +387,9 @@ def test_gpu_bench_does_what_has_no_figures(checkout):
     assert bench.count("[--peer]") == 2
     assert [line.split()[1] for line in others] == ["[convert]", "[teacher]", "[ablate]"]
     assert all("[--config.images=pad2:tfds:fashion_mnist:train]" in line for line in others[1:])
+    judge = evaluated(others[-1])
+    assert (judge.num, judge.features) == (10_000, ["vgg16"]) and judge.repeat_grey
+    assert str(judge.lpips) == str(folder / "lpips.safetensors")
     assert (folder / "fashion_mnist.seconds").read_text().strip().isdigit()
     checkout.run("gpu_bench.sh", str(folder))
     assert [line for line in checkout.calls() if line.startswith("dmd-jax")] == [bench]
@@ -384,8 +399,11 @@ def test_gpu_bench_is_rehearsed_without_a_gpu(checkout):
     checkout.add_python()
     result = checkout.run("gpu_bench.sh", "--small")
     assert result.returncode == 0, result.stderr
-    parts = [line.split()[1] for line in checkout.calls() if line.startswith("dmd-jax")]
+    lines = [line for line in checkout.calls() if line.startswith("dmd-jax")]
+    parts = [line.split()[1] for line in lines]
     assert parts == ["[bench]"] * 3 + ["[convert]", "[teacher]", "[ablate]"]
+    judge = evaluated(lines[-1])
+    assert (judge.num, judge.vgg_resolution, judge.num_reference) == (640, 64, 1000)
     assert (checkout.root / "runs" / "gpu_bench" / "fashion_mnist.seconds").exists()
 
 
