@@ -6,6 +6,7 @@ import argparse
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
     options = {
         "separately": args.separately,
         "peak": None if peak is None else peak * devices[args.what],
+        "told": _tell if jax.process_index() == 0 else lambda line: None,
     }
     results = {
         "command": command_line(),
@@ -100,6 +102,10 @@ def run(args: argparse.Namespace) -> None:
         print(table(results))
         if args.json is not None:
             _write(args.json, results)
+
+
+def _tell(line: str) -> None:
+    print(f"bench: {line}", file=sys.stderr, flush=True)
 
 
 def _heats(config: ConfigDict, args: argparse.Namespace) -> Iterator[Heat]:

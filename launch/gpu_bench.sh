@@ -62,3 +62,4 @@ else
   bench sd15_latency --config configs/sd15_laion625.py --what latency --steps 100
   fashion_mnist configs/fashion_mnist.py "$images" 10000 ''
 fi
+say "the figures are in $folder"

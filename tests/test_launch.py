@@ -391,8 +391,9 @@ def test_gpu_bench_does_what_has_no_figures(checkout):
     assert (judge.num, judge.features) == (10_000, ["vgg16"]) and judge.repeat_grey
     assert str(judge.lpips) == str(folder / "lpips.safetensors")
     assert (folder / "fashion_mnist.seconds").read_text().strip().isdigit()
-    checkout.run("gpu_bench.sh", str(folder))
+    again = checkout.run("gpu_bench.sh", str(folder))
     assert [line for line in checkout.calls() if line.startswith("dmd-jax")] == [bench]
+    assert f"the figures are in {folder}" in again.stderr
 
 
 def test_gpu_bench_is_rehearsed_without_a_gpu(checkout):

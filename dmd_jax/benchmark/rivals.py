@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from dmd_jax.errors import first_line
 
 OURS = "dmd_jax"
 WARM_UP = 2
+_SECONDS_A_LINE = 10  # of progress
 
 
 class Rival(NamedTuple):
@@ -32,14 +34,21 @@ class Heat(NamedTuple):
     peers: Mapping[str, Callable[[], Rival]]
 
 
-def run_heat(heat: Heat, rounds: int, *, separately: bool, peak: float | None) -> dict[str, Any]:
+def run_heat(
+    heat: Heat,
+    rounds: int,
+    *,
+    separately: bool,
+    peak: float | None,
+    told: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
     """Times all of them, and releases them; a peer that cannot run is told of, not raised.
 
     Args:
       separately: each is released before the next is made, which saves memory; else they take
         turns. Ours is then the last: JAX keeps what it has once taken of a GPU's memory
         (documentation of JAX, "GPU memory allocation"), and PyTorch gives it back.
-      peak: the devices' operations a second, where known.
+      peak: the devices' operations a second, where known. told: a line of progress, now and then.
 
     Returns:
       JSON-able: "title", "images", "flops" and the "rivals", ours first, each with its "name" and
@@ -51,16 +60,24 @@ def run_heat(heat: Heat, rounds: int, *, separately: bool, peak: float | None) -
     running: dict[str, Rival] = {}
 
     def finish() -> None:
+        if not running:
+            return
         works = {name: rival.work for name, rival in running.items()}
-        seconds.update(in_turns(works, rounds, warm_up=WARM_UP))
+        shown = _rounds(f"{heat.title}, {', '.join(works)}", WARM_UP + rounds, told)
+        seconds.update(in_turns(works, rounds, warm_up=WARM_UP, told=shown))
         for name, rival in running.items():
             results[name] |= rival.facts()
             rival.release()
         running.clear()
 
-    if not separately:
+    def make_ours() -> None:
+        told(f"{heat.title}, {OURS}: compiling")
         running[OURS] = heat.ours()
+
+    if not separately:
+        make_ours()
     for name, make in heat.peers.items():
+        told(f"{heat.title}, {name}: compiling")
         try:
             running[name] = make()
             running[name].work()  # compiles, or shows that it cannot
@@ -70,7 +87,7 @@ def run_heat(heat: Heat, rounds: int, *, separately: bool, peak: float | None) -
         if separately:
             finish()
     if separately:
-        running[OURS] = heat.ours()
+        make_ours()
     finish()
     for name, taken in seconds.items():
         results[name] |= _figures(taken, heat, peak)
@@ -78,6 +95,20 @@ def run_heat(heat: Heat, rounds: int, *, separately: bool, peak: float | None) -
             results[name]["ratio"] = ratio(taken, seconds[OURS])
     rows = [{"name": name} | result for name, result in results.items()]
     return {"title": heat.title, "images": heat.images, "flops": heat.flops, "rivals": rows}
+
+
+def _rounds(names: str, total: int, told: Callable[[str], None]) -> Callable[[int], None]:
+    """Tells of rounds, a line in so many seconds at most, and of the last."""
+    last = time.monotonic()
+
+    def shown(done: int) -> None:
+        nonlocal last
+        present = time.monotonic()
+        if done == total or present - last >= _SECONDS_A_LINE:
+            told(f"{names}: {done}/{total} rounds")
+            last = present
+
+    return shown
 
 
 def _figures(seconds: np.ndarray, heat: Heat, peak: float | None) -> dict[str, Any]:

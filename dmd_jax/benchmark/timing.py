@@ -18,6 +18,7 @@ def in_turns(
     *,
     warm_up: int = 2,
     clock: Callable[[], float] = time.perf_counter,
+    told: Callable[[int], None] = lambda done: None,
 ) -> dict[str, np.ndarray]:
     """Seconds of each rival's unit of work in each round, [rounds].
 
@@ -25,6 +26,7 @@ def in_turns(
 
     Args:
       rounds: that are counted, at least 1. warm_up: rounds before them, which are not.
+      told: how many rounds are done, after each.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(warm_up + rounds):
@@ -32,6 +34,7 @@ def in_turns(
             began = clock()
             rivals[name]()
             seconds[name].append(clock() - began)
+        told(number + 1)
     return {name: np.array(all_of_it[warm_up:]) for name, all_of_it in seconds.items()}
 
 

@@ -1,5 +1,7 @@
 """Heats, of rivals that only move a clock of their own, and their table."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -22,10 +24,12 @@ def machine(monkeypatch):
 
         return Rival(work, lambda: facts, lambda: state["log"].append(f"release {name}"))
 
-    def in_turns(works, rounds, warm_up):
-        return timing.in_turns(works, rounds, warm_up=warm_up, clock=lambda: state["now"])
+    def in_turns(works, rounds, warm_up, told):
+        options = {"warm_up": warm_up, "told": told}
+        return timing.in_turns(works, rounds, clock=lambda: state["now"], **options)
 
     monkeypatch.setattr(rivals, "in_turns", in_turns)
+    monkeypatch.setattr(rivals, "time", SimpleNamespace(monotonic=lambda: state["now"]))
     return rival, state["log"]
 
 
@@ -50,8 +54,8 @@ def test_figures_and_ratio(machine):
 def test_separately_each_is_released_before_the_next_is_made_and_ours_is_last(machine):
     rival, log = machine
     peers = {"torch": lambda: rival("b", 1), "torch-compile": lambda: rival("c", 3)}
-    heat = Heat("step", 1, 1, lambda: rival("a", 2), peers)
-    found = run_heat(heat, 1, separately=True, peak=None)
+    heat, lines = Heat("step", 1, 1, lambda: rival("a", 2), peers), []
+    found = run_heat(heat, 1, separately=True, peak=None, told=lines.append)
     assert [entry for entry in log if " " in entry] == [
         "make b",
         "release b",
@@ -64,6 +68,24 @@ def test_separately_each_is_released_before_the_next_is_made_and_ours_is_last(ma
     ratios = [row.get("ratio", {}).get("median") for row in found["rivals"]]
     assert ratios == [None, 0.5, 1.5]
     assert found["rivals"][0]["utilisation"] is None
+    assert lines == [
+        "step, torch: compiling",
+        "step, torch: 3/3 rounds",
+        "step, torch-compile: compiling",
+        "step, torch-compile: 3/3 rounds",
+        "step, dmd_jax: compiling",
+        "step, dmd_jax: 3/3 rounds",
+    ]
+
+
+def test_progress_is_a_line_in_ten_seconds(machine):
+    rival, _ = machine
+    lines = []
+    heat = Heat("step", 1, 1, lambda: rival("a", 2), {"torch": lambda: rival("b", 1)})
+    run_heat(heat, 8, separately=False, peak=None, told=lines.append)
+    assert [line for line in lines if "rounds" in line] == [
+        f"step, dmd_jax, torch: {done}/10 rounds" for done in (4, 8, 10)
+    ]
 
 
 def test_a_peer_that_cannot_run_is_told_of_and_the_others_go_on(machine):
