@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What the experiments of the paper need of a TPU, by the TPU compiler and without a TPU: compiles
 # each one's step for the slices below and prints a table of memory and time. Machine code for
-# Stable Diffusion's step takes two cores half an hour to an hour and a quarter, and up to 40 GB of
-# memory, of which swap may be half; what a FOLDER has from an earlier run is not compiled again.
+# ImageNet-64's or Stable Diffusion's step takes two cores half an hour to an hour and a quarter, and
+# up to 40 GB of memory, of which swap may be half; what a FOLDER has from an earlier run is not
+# compiled again.
 #   tpu_table.sh [FOLDER]     (default: runs/tpu_table of the checkout)
 set -euo pipefail
 # shellcheck source=launch/common.sh
