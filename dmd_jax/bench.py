@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     options = {
         "separately": args.separately,
         "peak": None if peak is None else peak * devices[args.what],
-        "told": _tell if jax.process_index() == 0 else lambda line: None,
+        "told": _tell,
     }
     results = {
         "command": command_line(),
@@ -105,7 +105,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _tell(line: str) -> None:
-    print(f"bench: {line}", file=sys.stderr, flush=True)
+    if jax.process_index() == 0:
+        print(f"bench: {line}", file=sys.stderr, flush=True)
 
 
 def _heats(config: ConfigDict, args: argparse.Namespace) -> Iterator[Heat]:

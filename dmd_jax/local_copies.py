@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import time
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,11 +17,10 @@ from pathlib import Path
 
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import in_bucket, path_of
-from dmd_jax.metrics import Progress
+from dmd_jax.metrics import Pace, Progress
 
 _COPIED_AT_ONCE = 4
 _MEGABYTE = 1e6
-_SECONDS_BETWEEN_UPDATES = 2.0
 
 
 def local_copy(path: str | os.PathLike) -> Path:
@@ -84,14 +82,13 @@ def _copy(folder, copies: Path, sizes: dict[str, int], marks: dict[str, str]) ->
     progress = Progress(
         f"copy {folder}", round(total / _MEGABYTE), unit="MB", enabled=total > _MEGABYTE
     )
-    done, updated = 0, time.monotonic()
+    done, pace = 0, Pace()
     with ThreadPoolExecutor(_COPIED_AT_ONCE) as pool:
         try:
             for size in pool.map(copy, sizes):
                 done += size
-                if done == total or time.monotonic() - updated > _SECONDS_BETWEEN_UPDATES:
+                if done == total or pace.due():
                     progress.update(round(done / _MEGABYTE))
-                    updated = time.monotonic()
         finally:
             pool.shutdown(cancel_futures=True)
 

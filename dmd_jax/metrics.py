@@ -193,6 +193,20 @@ class Progress:
         self._started = self._measured = time.monotonic()
 
 
+class Pace:
+    """Says when a line of progress is due: `seconds` after the last, or after this was made."""
+
+    def __init__(self, seconds: float = 2.0):
+        self._seconds, self._last = seconds, time.monotonic()
+
+    def due(self) -> bool:
+        present = time.monotonic()
+        if present - self._last <= self._seconds:
+            return False
+        self._last = present
+        return True
+
+
 def duration(seconds: float) -> str:
     """Seconds as 45s, 3m20s or 5h07m."""
     whole = round(seconds)

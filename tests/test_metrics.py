@@ -34,6 +34,13 @@ def test_progress_without_a_known_end(monkeypatch, capsys):
     assert capsys.readouterr().err == "check  5,000  500.0 rows/s  so far\n"
 
 
+def test_a_pace_is_due_so_long_after_the_last(monkeypatch):
+    clock = iter([100.0, 101.0, 102.5, 103.5, 105.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    pace = metrics.Pace(2.0)  # at 100 s
+    assert [pace.due() for _ in range(4)] == [False, True, False, True]
+
+
 def test_lines_after_the_step_to_go_on_from_are_dropped(tmp_path):
     writer = metrics.MetricsWriter(tmp_path)
     for step in (1, 2, 3):

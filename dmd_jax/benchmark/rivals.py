@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from dmd_jax.benchmark.timing import Work, in_turns, ratio, summary
 from dmd_jax.errors import first_line
+from dmd_jax.metrics import Pace
 
 OURS = "dmd_jax"
 WARM_UP = 2
@@ -99,14 +99,11 @@ def run_heat(
 
 def _rounds(names: str, total: int, told: Callable[[str], None]) -> Callable[[int], None]:
     """Tells of rounds, a line in so many seconds at most, and of the last."""
-    last = time.monotonic()
+    pace = Pace(_SECONDS_A_LINE)
 
     def shown(done: int) -> None:
-        nonlocal last
-        present = time.monotonic()
-        if done == total or present - last >= _SECONDS_A_LINE:
+        if done == total or pace.due():
             told(f"{names}: {done}/{total} rounds")
-            last = present
 
     return shown
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
 
-from dmd_jax.metrics import Progress
-
-_SECONDS_BETWEEN_UPDATES = 2.0
+from dmd_jax.metrics import Pace, Progress
 
 
 class Meter:
@@ -17,13 +14,12 @@ class Meter:
 
     def __init__(self, total: int, *, name: str = "convert", enabled: bool = True):
         self._progress = Progress(name, total, unit="parameters", enabled=enabled)
-        self._done, self._updated = 0, time.monotonic()
+        self._done, self._pace = 0, Pace()
 
     def add(self, count: int) -> None:
         self._done += count
-        if time.monotonic() - self._updated > _SECONDS_BETWEEN_UPDATES:
+        if self._pace.due():
             self._progress.update(self._done)
-            self._updated = time.monotonic()
 
     def watching(self, leaf_of: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
         """The same function, whose arrays are counted."""

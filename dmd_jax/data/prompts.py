@@ -14,7 +14,6 @@ import itertools
 import logging
 import operator
 import os
-import time
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -24,13 +23,13 @@ from dmd_jax.data.prompt_rows import BrokenRow, PromptRows
 from dmd_jax.data.shards import ShardReader, write_shards
 from dmd_jax.data.shards_metadata import ShardedMetadata, read_metadata
 from dmd_jax.errors import UserError
+from dmd_jax.metrics import Pace
 from dmd_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 SHARD_SIZE = 100_000
 _NAMED_ROWS = 5  # of the broken ones
-_SECONDS_BETWEEN_UPDATES = 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +170,7 @@ class _Survey:
         self.count = self.skipped = 0
         self.digests: list[str] = []
         self._broken: list[BrokenRow] = []
-        digest, updated = hashlib.sha256(), time.monotonic()
+        digest, pace = hashlib.sha256(), Pace()
         for row in rows:
             if isinstance(row, BrokenRow):
                 self.skipped += 1
@@ -182,9 +181,8 @@ class _Survey:
                 _add(digest, row)
                 if self.count % shard_size == 0:
                     self.digests.append(digest.hexdigest())
-            if checked and time.monotonic() - updated > _SECONDS_BETWEEN_UPDATES:
+            if checked and pace.due():
                 checked(self.count + self.skipped)
-                updated = time.monotonic()
         if self.count % shard_size:
             self.digests.append(digest.hexdigest())
         if checked:

@@ -16,10 +16,9 @@ from dmd_jax.evaluation.features import Features
 from dmd_jax.evaluation.parts import Rows
 from dmd_jax.evaluation.reference import Reference
 from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
-from dmd_jax.metrics import Progress
+from dmd_jax.metrics import Pace, Progress
 
 REFERENCE_PART = 512
-SHOWN_EVERY = 2.0  # seconds
 
 
 class Samples(Protocol):
@@ -174,7 +173,7 @@ class Counter:
         self._name = name
 
     def start(self, done: int, total: int) -> None:
-        self._done, self._total, self._shown = done, total, time.monotonic()
+        self._done, self._total, self._pace = done, total, Pace()
         first = jax.process_index() == 0
         if first and 0 < done < total:
             print(f"{self._name}: going on after {done:,} of {total:,}", file=sys.stderr)
@@ -182,6 +181,5 @@ class Counter:
 
     def add(self, count: int) -> None:
         self._done += count
-        if self._done == self._total or time.monotonic() - self._shown > SHOWN_EVERY:
+        if self._done == self._total or self._pace.due():
             self._progress.update(self._done)
-            self._shown = time.monotonic()

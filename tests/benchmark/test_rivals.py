@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dmd_jax import metrics
 from dmd_jax.benchmark import rivals, timing
 from dmd_jax.benchmark.rivals import Heat, Rival, run_heat
 from dmd_jax.benchmark.table import table
@@ -29,7 +30,7 @@ def machine(monkeypatch):
         return timing.in_turns(works, rounds, clock=lambda: state["now"], **options)
 
     monkeypatch.setattr(rivals, "in_turns", in_turns)
-    monkeypatch.setattr(rivals, "time", SimpleNamespace(monotonic=lambda: state["now"]))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: state["now"]))
     return rival, state["log"]
 
 
