@@ -36,7 +36,7 @@ def path_of(path: str | os.PathLike) -> Path:
             raise PathError(
                 f"{text}: unknown kind of path; expected one on this host, or {_BUCKET}…"
             )
-        return Path(path)
+        return _on_this_host(path)
     if not _BUCKET_PATH.fullmatch(text) or ".." in text.split("/"):
         raise PathError(f"{text}: expected {_BUCKET}BUCKET/NAME, without *, ?, [, ], # and ..")
     try:
@@ -59,7 +59,15 @@ def local_path(path: str | os.PathLike) -> Path:
     text = os.fspath(path)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
         raise PathError(f"{text}: expected a path on this host")
-    return Path(path)
+    return _on_this_host(path)
+
+
+def _on_this_host(path: str | os.PathLike) -> Path:
+    """The path with a leading ~ or ~USER as that home, which shells leave as it is after an =."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise PathError(f"{path}: expected a user with a home folder after ~") from error
 
 
 def in_bucket(path: str | os.PathLike) -> bool:

@@ -20,6 +20,7 @@ from dmd_jax.convert.pickled_arrays import NUMPY
 from dmd_jax.convert.safe_pickle import load, shown
 from dmd_jax.convert.torch_tensors import TENSORS, Storage, Tensor, arrays_of, read_legacy
 from dmd_jax.errors import UserError, first_line
+from dmd_jax.stand_ins import check_real_file
 
 CLASS = "EDMPrecond"
 _VERSION = 6
@@ -67,6 +68,7 @@ def read_edm_pickle(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         allowed["torch.nn.modules.container", name] = lambda name=name: _Module(name)
     allowed["torch.storage", "_load_from_bytes"] = _storage_loader(where)
     try:
+        check_real_file(path, "a pickle of EDM's release")
         with path.open("rb") as file:
             found = load(file, allowed=allowed, where=where)
     except OSError as error:

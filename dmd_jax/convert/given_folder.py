@@ -10,6 +10,7 @@ from typing import Any
 
 from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.errors import UserError, first_line
+from dmd_jax.stand_ins import dangling_link
 
 _LARGEST_JSON = 64 * 1024 * 1024  # bytes; a tokenizer's vocabulary has one
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -64,6 +65,8 @@ class GivenFolder:
             ) from error
         if not inside:
             raise UserError(f"{self.path}: {shown(name)} leads out of the folder; expected a file")
+        if link := dangling_link(path):
+            raise UserError(f"{self.path}: {shown(name)} is {link}; expected a file")
         if not is_file:
             raise UserError(
                 f"{self.path} has no file {shown(name)}; expected one, as diffusers and "

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from dmd_jax.convert.safe_pickle import load, shown
 from dmd_jax.convert.torch_tensors import TENSORS, Storages, Tensor, arrays_of, read_legacy
 from dmd_jax.errors import UserError, first_line
+from dmd_jax.stand_ins import check_real_file
 
 # Weights compress little; only a file of zeros, or one that is made to fill the memory, has more.
 _MOST_COMPRESSION = 100
@@ -33,6 +34,7 @@ def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         larger than it could hold.
     """
     path = Path(path)
+    check_real_file(path, "a file of arrays: .npz, .safetensors or PyTorch's")
     try:
         if path.suffix == ".npz":
             found = _read_npz(path)

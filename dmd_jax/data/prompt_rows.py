@@ -1,8 +1,10 @@
 """Prompts row by row out of .txt, .jsonl, .parquet and WebDataset .tar files.
 
 A row is a line, a JSON object on a line, a row of a table, or a sample of a tar; rows are counted
-from 1. A row that gives no prompt is broken and says why: text that is no UTF-8, damaged JSON, a
-key that is missing, a value that is no text, an empty line, or more than MAX_ROW_BYTES.
+from 1. A row that gives no prompt is broken and says why: text that is no UTF-8 or holds a NUL
+character, damaged JSON, a key that is missing, a value that is no text, an empty line, a carriage
+return inside a line, a symbolic link in a tar, or more than MAX_ROW_BYTES. A file in UTF-16 is
+refused as a whole.
 
 An empty line is broken, since a stray one looks the same. An empty string in JSON, a table or a
 tar is somebody's word and kept: to the pipeline it is the prompt that guidance takes for none.
@@ -21,11 +23,13 @@ from typing import Any, NamedTuple
 from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import local_path
+from dmd_jax.stand_ins import check_real_file
 
 KEYS = ("caption", "text", "prompt")
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".tar")
 MAX_ROW_BYTES = 1 << 20
 _BOM = "\ufeff".encode()
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class BrokenRow(NamedTuple):
@@ -70,7 +74,7 @@ class PromptRows:
             ".jsonl": self._json_rows,
             ".parquet": self._table_rows,
             ".tar": self._tar_rows,
-        }[self.files[0].suffix]
+        }[self.files[0].suffix.lower()]
 
     def __iter__(self) -> Iterator[bytes | BrokenRow]:
         for path in self.files:
@@ -87,14 +91,14 @@ class PromptRows:
     def _text_rows(self, path: Path) -> Iterator[bytes | BrokenRow]:
         for number, line in _lines(path):
             try:
-                yield _not_empty(_utf8(line))
+                yield _one_line(_not_empty(_utf8(line)))
             except _Problem as problem:
                 yield BrokenRow(f"{path} line {number}", str(problem))
 
     def _json_rows(self, path: Path) -> Iterator[bytes | BrokenRow]:
         for number, line in _lines(path):
             try:
-                yield self._from_json(_not_empty(_utf8(line)))
+                yield self._from_json(_one_line(_not_empty(_utf8(line))))
             except _Problem as problem:
                 yield BrokenRow(f"{path} line {number}", str(problem))
 
@@ -135,9 +139,9 @@ class PromptRows:
         for sample, members in _tar_samples(path):
             try:
                 if "txt" in members and self._asked is None:
-                    yield _utf8(members["txt"])
+                    yield _utf8(_content(members["txt"]))
                 elif "json" in members:
-                    yield self._from_json(_utf8(members["json"]))
+                    yield self._from_json(_utf8(_content(members["json"])))
                 else:
                     raise _Problem("no .json" if self._asked else "no .txt and no .json")
             except _Problem as problem:
@@ -179,13 +183,12 @@ def _find_files(source: str) -> list[Path]:
     if not files:
         raise UserError(f"{source}: holds no prompts, {expected}")
     for file in files:
-        if not file.exists():
+        if not file.exists() and not file.is_symlink():
             raise UserError(f"{source}: no such file or folder, {expected}")
-        if file.suffix not in SUFFIXES:
+        if file.suffix.lower() not in SUFFIXES:
             raise UserError(f"{file}: unknown kind of file {file.suffix!r}, {expected}")
-        if not file.is_file():  # opening a pipe would wait for ever
-            raise UserError(f"{file}: expected a regular file")
-    if len(suffixes := sorted({file.suffix for file in files})) > 1:
+        check_real_file(file, expected.removeprefix("expected "), may_be_empty=True)
+    if len(suffixes := sorted({file.suffix.lower() for file in files})) > 1:
         raise UserError(
             f"{source}: holds {' and '.join(suffixes)}; expected files of one kind, such as "
             f"'{source if path.is_dir() else '.'}/*{suffixes[0]}'"
@@ -198,7 +201,7 @@ def _in_folder(folder: Path) -> list[Path]:
         files = [
             path
             for path in sorted(folder.iterdir())
-            if path.suffix in SUFFIXES and not path.name.startswith(".")
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
         ]
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({first_line(error)})") from error
@@ -218,21 +221,27 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         number, limit = 0, MAX_ROW_BYTES + 2
         while line := stream.readline(limit):
             number += 1
+            if number == 1 and line.startswith(_UTF16_BOMS):
+                raise UserError(
+                    f"{path}: is in UTF-16, as Windows PowerShell's > writes it; expected UTF-8"
+                )
             rest = line
             while len(rest) == limit and not rest.endswith(b"\n"):
                 rest = stream.readline(limit)
             yield number, _without_end(line.removeprefix(_BOM) if number == 1 else line)
 
 
-def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes | None]]]:
     """The key of each sample of a WebDataset and its members "txt" and "json".
 
     A sample is the consecutive members whose names are equal up to the first dot of the last part.
-    Links, folders and hidden files are passed over.
+    A hard link is the earlier member that it names. A symbolic link, and a hard link to nothing
+    that came before, is None. Folders, devices and hidden files are passed over.
     """
     # Not as a stream: images between the texts are skipped by seeking, which reads none of them.
     with tarfile.open(path, "r:") as tar:
         present, members, end = None, {}, 0
+        places: dict[str, tuple[int, int]] = {}  # of the texts: where they begin, and their bytes
         while (member := tar.next()) is not None:
             # A header may claim a negative size, after which the same members would come again.
             if member.size < 0 or tar.offset <= end:
@@ -241,15 +250,24 @@ def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
             tar.members = []  # or they would all be held
             folder, slash, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
-            if not member.isreg() or not stem or not extension:
+            link = member.islnk() or member.issym()
+            if not (member.isreg() or link) or not stem or not extension:
                 continue
             if (sample := folder + slash + stem) != present:
                 if present is not None:
                     yield present, members
                 present, members = sample, {}
             if (extension := extension.lower()) in ("txt", "json") and extension not in members:
-                content = tar.extractfile(member).read(MAX_ROW_BYTES + 2)
-                members[extension] = _without_end(content.removeprefix(_BOM))
+                if member.isreg():
+                    places[member.name] = member.offset_data, member.size
+                elif member.islnk() and member.linkname in places:
+                    places[member.name] = places[member.linkname]
+                members[extension] = None
+                if member.name in places and not member.issym():
+                    begin, size = places[member.name]
+                    tar.fileobj.seek(begin)
+                    content = tar.fileobj.read(min(size, MAX_ROW_BYTES + 2))
+                    members[extension] = _without_end(content.removeprefix(_BOM))
         if present is not None:
             yield present, members
         # tarfile takes a damaged header for the end; the true one is a block of zeros.
@@ -266,6 +284,18 @@ def _not_empty(line: bytes) -> bytes:
     if not line.strip():
         raise _Problem("empty line")
     return line
+
+
+def _one_line(line: bytes) -> bytes:
+    if b"\r" in line:
+        raise _Problem("a carriage return inside the line; expected \\n or \\r\\n at its end")
+    return line
+
+
+def _content(member: bytes | None) -> bytes:
+    if member is None:
+        raise _Problem("a link to what is not before it in the tar")
+    return member
 
 
 def _text(value: Any) -> bytes:
@@ -286,4 +316,6 @@ def _utf8(content: bytes) -> bytes:
         content.decode()
     except UnicodeDecodeError as error:
         raise _Problem(f"no UTF-8: {error.reason} at byte {error.start}") from error
+    if b"\0" in content:
+        raise _Problem("a NUL character (text in UTF-16?)")
     return content

@@ -279,6 +279,6 @@ def test_random_damage_is_never_another_exception(tmp_path):
 
 
 def test_a_folder_and_a_missing_file(tmp_path):
-    for path in (tmp_path, tmp_path / "no.pkl"):
-        with pytest.raises(UserError, match="cannot be read"):
+    for path, said in ((tmp_path, "is a folder"), (tmp_path / "no.pkl", "no such file")):
+        with pytest.raises(UserError, match=said):
             read_edm_pickle(path)

@@ -268,9 +268,9 @@ def test_names_that_would_deface_a_message(tmp_path):
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot be read: .*No such file"):
+    with pytest.raises(UserError, match="no such file"):
         load_state_dict(tmp_path / "no.pth")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder"):
         load_state_dict(tmp_path)
     for name in ("a.npz", "a.safetensors"):
         (tmp_path / name).write_bytes(b"\x10\0\0\0\0\0\0\0 no header")

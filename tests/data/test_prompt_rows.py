@@ -37,7 +37,9 @@ def test_empty_prompts_are_kept_where_somebody_wrote_them(tmp_path):
 
 def test_lines_end_where_they_should(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo \r three\nlast")
-    assert read(tmp_path / "a.txt") == ["one", "two \r three", "last"]
+    first, second, third = read(tmp_path / "a.txt")
+    assert (first, third) == ("one", "last")
+    assert second.problem.startswith("a carriage return inside the line")
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}')
     assert read(tmp_path / "a.jsonl") == ["one", "two"]
     long = "x" * MAX_ROW_BYTES
@@ -139,6 +141,7 @@ def test_samples_of_a_tar(tmp_path):
         "upper case",
         BrokenRow(f"{tmp_path / 'a.tar'} sample a.v2/1", "no .txt and no .json"),
         BrokenRow(f"{tmp_path / 'a.tar'} sample a.v2/2", "no text but int"),
+        BrokenRow(f"{tmp_path / 'a.tar'} sample 3", "a link to what is not before it in the tar"),
         BrokenRow(f"{tmp_path / 'a.tar'} sample 4", "no UTF-8: invalid start byte at byte 0"),
         "good",
         BrokenRow(f"{tmp_path / 'a.tar'} sample 6", "more than 1,048,576 bytes"),
@@ -147,6 +150,36 @@ def test_samples_of_a_tar(tmp_path):
     asked = read(tmp_path / "a.tar", key="caption")
     assert [row for row in asked if isinstance(row, str)] == ["of json", "good"]
     assert asked[-1] == BrokenRow(f"{tmp_path / 'a.tar'} sample 7", "no .json")
+
+
+def test_a_hard_link_in_a_tar_is_the_member_that_it_names(tmp_path):
+    (tmp_path / "s").mkdir()
+    for stem, text in (("0", "a cat"), ("2", "a dog")):
+        (tmp_path / "s" / f"{stem}.txt").write_text(text)
+    os.link(tmp_path / "s" / "0.txt", tmp_path / "s" / "1.txt")
+    os.link(tmp_path / "s" / "0.txt", tmp_path / "s" / "3.txt")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(4):
+            tar.add(tmp_path / "s" / f"{number}.txt", f"{number}.txt")
+        assert [member.islnk() for member in tar.getmembers()] == [False, True, False, True]
+    assert read(tmp_path / "a.tar") == ["a cat", "a cat", "a dog", "a cat"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_is_no_prompt(tmp_path, encoding):
+    text = "a cat\r\na dog\r\n"
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    rows = read(tmp_path / "a.txt")
+    assert rows and all(isinstance(row, BrokenRow) for row in rows)
+    (tmp_path / "a.txt").write_bytes(f"\ufeff{text}".encode(encoding))
+    with pytest.raises(UserError, match="is in UTF-16"):
+        read(tmp_path / "a.txt")
+
+
+def test_a_nul_character_of_json_is_no_prompt(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\u0000b"}\n{"text": "good"}\n')
+    first, second = read(tmp_path / "a.jsonl")
+    assert first.problem.startswith("a NUL character") and second == "good"
 
 
 def test_nothing_of_a_tar_is_written(tmp_path):
@@ -242,7 +275,7 @@ def test_one_key_holds_for_all_files(tmp_path):
         (lambda folder: None, "", "holds no prompts, expected .txt, .jsonl, .parquet or .tar"),
         (lambda folder: (folder / "a.csv").touch(), "a.csv", "unknown kind of file '.csv', expec"),
         (lambda folder: (folder / "a").touch(), "a", "unknown kind of file '', expected .txt"),
-        (lambda folder: os.mkfifo(folder / "a.txt"), "a.txt", "expected a regular file"),
+        (lambda folder: os.mkfifo(folder / "a.txt"), "a.txt", "no regular file"),
         (
             lambda folder: [(folder / name).touch() for name in ("a.txt", "b.tar", "c.md")],
             "",
