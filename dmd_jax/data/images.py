@@ -8,6 +8,7 @@ is then 0. Bytes b become b / 127.5 - 1.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from dmd_jax.data.sources import ArraySource, ImageSource, PaddedSource, PngSour
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import in_bucket, path_of
 from dmd_jax.local_copies import local_copy
+from dmd_jax.stand_ins import check_real_file, dangling_link
 
 FORMS = (
     '"digits", a folder or .zip of PNG files, an .npz, an idx file or a folder of them, '
@@ -33,7 +35,9 @@ def open_images(source: str, *, resolution: int | None = None) -> ImageSource:
         a folder or .zip of PNG files, searched through and sorted by name, labels as
         `png.read_labels` says; read when asked for;
         an .npz: the array "images", or the only one with four dimensions, NHWC, uint8 or float
-        in [-1, 1], and optionally integer "labels" [N];
+        in [-1, 1], and optionally integer "labels" [N], under any name if there is just one array
+        of such labels; float images of which no value is below 0 are refused, since they are of
+        [0, 1];
         an idx image file, plain or .gz, or a folder that holds MNIST's file names (its train
         split, or with "#test" after the folder its test split); labels from the label file
         beside it, if there is one;
@@ -87,9 +91,13 @@ def _open_path(source: str) -> ImageSource:
         path = Path(name)
         if split not in ("train", "test"):
             raise UserError(f"{source}: unknown split {split!r}, expected #train or #test")
+    if link := dangling_link(path):
+        raise UserError(f"{source}: is {link}; expected {FORMS}")
     if not path.exists():
         raise UserError(f"{source}: no such file or folder, expected {FORMS}")
-    if path.is_dir():
+    if not path.is_dir():
+        check_real_file(path, FORMS)
+    else:
         found = idx.find_images(path, split or "train")
         if found is not None:
             return _open_idx(found)
@@ -116,29 +124,55 @@ def _open_idx(path: Path) -> ArraySource:
 def _open_npz(path: Path) -> ArraySource:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            wanted = {"images", "labels"} if "images" in arrays.files else set(arrays.files)
-            held = {name: arrays[name] for name in arrays.files if name in wanted}
+            held = {name: arrays[name] for name in arrays.files}
     except Exception as error:  # NumPy, zipfile and zlib each raise their own on damaged bytes
         raise UserError(
             f"{path}: cannot be read as an .npz of plain arrays ({first_line(error)})"
         ) from error
-    images = held.get("images")
-    if images is None:
+    name = "images"
+    if name not in held:
         candidates = [name for name, value in held.items() if value.ndim == 4]
         if len(candidates) != 1:
             raise UserError(
                 f"{path}: holds {_described(held)}; expected an array images, "
                 "or just one array with four dimensions"
             )
-        images = held[candidates[0]]
+        (name,) = candidates
+    images = held.pop(name)
     if images.dtype.kind == "f":
         # A comparison that NaN fails too.
         if not (np.abs(images) <= 1).all():
             raise UserError(f"{path}: float images with values outside [-1, 1], or NaN")
+        if images.size and images.min() >= 0:
+            raise UserError(
+                f"{path}: float images of which no value is below 0, so of [0, 1]; expected "
+                "[-1, 1] (2 x - 1) or uint8"
+            )
         images = images.astype(np.float32)
     elif images.dtype != np.uint8:
         raise UserError(f"{path}: images of type {images.dtype}, expected uint8 or float")
-    return ArraySource(images, held.get("labels"), str(path))
+    return ArraySource(images, _labels_among(held, len(images), path), str(path))
+
+
+def _labels_among(held: dict[str, np.ndarray], count: int, path: Path) -> np.ndarray | None:
+    """The array "labels", or the only one that can be labels; says what is passed over."""
+    name = "labels"
+    if name not in held:
+        candidates = [
+            name
+            for name, value in held.items()
+            if value.shape == (count,) and value.dtype.kind in "iu"
+        ]
+        if len(candidates) > 1:
+            raise UserError(
+                f"{path}: {' and '.join(candidates)} may each be the labels; expected one of them, "
+                'or an array "labels"'
+            )
+        name = candidates[0] if candidates else None
+    labels = held.pop(name, None)
+    if held:
+        print(f"{path}: passed over: {_described(held)}", file=sys.stderr)
+    return labels
 
 
 def _described(arrays: dict[str, np.ndarray]) -> str:

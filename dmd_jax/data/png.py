@@ -2,7 +2,8 @@
 
 Names are relative to the folder or zip, with "/" between the parts. Hidden files (a part begins
 with a dot) and macOS's __MACOSX are passed over; so is everything that is neither a PNG nor the
-dataset.json at the top. A path that leads out of the folder or zip is an error, never followed.
+dataset.json at the top, which is counted on stderr. A path that leads out of the folder or zip is
+an error, never followed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import io
 import json
 import os
 import re
+import sys
+import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -105,7 +109,8 @@ def read_labels(files: PngFolder | PngZip) -> np.ndarray | None:
 
     From EDM's dataset.json ({"labels": [["dir/img.png", 6], …]}, or null for none) if it is
     there. Otherwise the folder that an image lies in, below what all images have in common,
-    names its class, and the classes are numbered in sorted order.
+    names its class, and the classes are numbered in sorted order. Where every name is a whole
+    number of at most six digits, these numbers are the labels.
     """
     if files.has_label_file:
         return _labels_from_json(files)
@@ -115,7 +120,7 @@ def read_labels(files: PngFolder | PngZip) -> np.ndarray | None:
 def decode_png(data: bytes, where: str) -> np.ndarray:
     """uint8 [H, W, 1] of a grey PNG, [H, W, 3] of a colour one. `where` names it in errors."""
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(_without_texts(data)), formats=["PNG"]) as image:
             # One bit per pixel and palettes are only ways to store grey and RGB.
             mode = {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
             if mode not in ("L", "RGB"):
@@ -132,8 +137,25 @@ def decode_png(data: bytes, where: str) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., np.newaxis]
 
 
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without the chunks of text, colour profile and EXIF, which change no pixel here.
+
+    Pillow unpacks them at once and refuses an image whose text is large. What is no sequence of
+    chunks comes back as it is.
+    """
+    kept, place = [data[:8]], 8
+    while place + 12 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4])
+        if end > len(data):
+            return data
+        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf"):
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept) if place == len(data) else data
+
+
 def _select(path: Path, names: Iterable[str]) -> tuple[list[str], bool]:
-    pngs, has_label_file = set(), False
+    pngs, has_label_file, others = set(), False, Counter()
     for name in names:
         if _leaves_root(name):
             raise UserError(f"{path}: the name {name!r} leads out of it, expected paths below it")
@@ -146,6 +168,11 @@ def _select(path: Path, names: Iterable[str]) -> tuple[list[str], bool]:
         elif name.endswith("/" + LABEL_FILE):
             # Passing it over would silently take classes from the folder names instead.
             raise UserError(f"{path}: {name} was found, expected {LABEL_FILE} at the top")
+        elif not name.endswith("/"):  # as a zip writes folders
+            others[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+    if others:
+        counts = ", ".join(f"{count} of {ascii(suffix)[1:-1]}" for suffix, count in others.items())
+        print(f"{path}: {len(pngs)} PNG files are read; passed over: {counts}", file=sys.stderr)
     return sorted(pngs), has_label_file
 
 
@@ -171,7 +198,15 @@ def _labels_from_folders(files: PngFolder | PngZip) -> np.ndarray | None:
                 f"expected every image in one of them, or a {LABEL_FILE}"
             )
     classes = sorted({folder[depth] for folder in folders})
-    number = {name: index for index, name in enumerate(classes)}
+    if all(re.fullmatch(r"[0-9]{1,6}", name) for name in classes):
+        number = {name: int(name) for name in classes}
+        if len(set(number.values())) < len(classes):
+            raise UserError(
+                f"{files.path}: two folders of classes have the same number, among "
+                f"{', '.join(classes[:10])}; expected each number once"
+            )
+    else:
+        number = {name: index for index, name in enumerate(classes)}
     return np.array([number[folder[depth]] for folder in folders], np.int64)
 
 
@@ -188,15 +223,18 @@ def _labels_from_json(files: PngFolder | PngZip) -> np.ndarray | None:
     entries = listing["labels"]
     if not isinstance(entries, list):
         raise UserError(f'{where}: "labels" is no list, expected [[name, label], …] or null')
-    labels, known = {}, set(files.names)
+    labels = {}
+    # A macOS disk may hold "é" as two characters where the JSON has it as one.
+    known = {unicodedata.normalize("NFC", name): name for name in files.names}
     for entry in entries:
         if not (isinstance(entry, list) and list(map(type, entry)) == [str, int]):
             raise UserError(f"{where} holds {str(entry)[:80]}, expected [name, whole number]")
         name, label = entry[0].replace("\\", "/"), entry[1]
         if _leaves_root(name):
             raise UserError(f"{where}: the name {name!r} leads out of it")
-        if name not in known:
-            raise UserError(f"{where} names {name}, which is not there")
+        name = known.get(unicodedata.normalize("NFC", name))
+        if name is None:
+            raise UserError(f"{where} names {entry[0]}, which is not there")
         if labels.setdefault(name, label) != label:
             raise UserError(f"{where} gives {name} two labels, {labels[name]} and {label}")
     for name in files.names:

@@ -84,6 +84,29 @@ def test_bad_npz(tmp_path, arrays, message):
         open_images(path)
 
 
+def test_npz_of_floats_in_zero_to_one_is_refused_by_its_range(tmp_path):
+    path = write_npz(tmp_path / "a.npz", images=np.linspace(0, 1, 16).reshape(4, 2, 2, 1))
+    with pytest.raises(UserError, match=r"of \[0, 1\]; expected \[-1, 1\]"):
+        open_images(path)
+
+
+@pytest.mark.parametrize("name", ["label", "y", "y_train", "arr_1"])
+def test_npz_labels_under_another_name(tmp_path, capsys, name):
+    images, labels = np.zeros((6, 2, 2, 1), np.uint8), np.array([2, 0, 1, 1, 0, 2])
+    others = {"sizes": np.zeros((6, 2)), "weight": np.ones(6)}
+    source = open_images(write_npz(tmp_path / "a.npz", images=images, **{name: labels}, **others))
+    assert source.num_classes == 3
+    assert [int(source[i]["label"]) for i in range(6)] == labels.tolist()
+    assert "passed over: sizes [6, 2], weight [6]" in capsys.readouterr().err
+
+
+def test_npz_of_two_arrays_that_may_be_labels(tmp_path):
+    images = np.zeros((3, 2, 2, 1), np.uint8)
+    path = write_npz(tmp_path / "a.npz", images=images, fine=np.arange(3), coarse=np.arange(3))
+    with pytest.raises(UserError, match="fine and coarse may each be the labels"):
+        open_images(path)
+
+
 def test_damaged_npz_is_a_user_error_wherever_it_is_cut(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 1), np.uint8)
     whole = open(write_npz(tmp_path / "a.npz", images=images), "rb").read()

@@ -4,9 +4,12 @@ import io
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
+import unicodedata
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 from PIL import Image
 
 from dmd_jax.data.images import open_images
+from dmd_jax.data.png import decode_png
 from dmd_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +91,49 @@ def test_all_in_one_folder_has_no_labels(write, prefix):
 def test_a_common_folder_names_no_class(write):
     source = open_images(write({"set/b/1.png": png(1), "set/a/2.png": png(2)}))
     assert labels_of(source) == [0, 1] and source.num_classes == 2
+
+
+def test_folders_that_are_numbers_are_their_own_labels(write):
+    names = [0, 1, 2, 9, 10, 11, 100]
+    source = write({f"{name}/a.png": png(name) for name in names})
+    images = open_images(str(source))
+    found = {round((float(e["x0"].max()) + 1) * 127.5): int(e["label"]) for e in images}
+    assert found == {name: name for name in names}
+    assert images.num_classes == 101
+
+
+def test_folders_of_one_number_are_refused(write):
+    source = write({"1/a.png": png(0), "01/a.png": png(0), "2/a.png": png(0)})
+    with pytest.raises(UserError, match="two folders of classes have the same number"):
+        open_images(str(source))
+
+
+def test_what_is_passed_over_is_counted(write, capsys):
+    source = write({"a.png": png(0), "b.jpg": b"x", "c.JPG": b"x", "d": b"x"})
+    assert len(open_images(str(source))) == 1
+    said = capsys.readouterr().err
+    assert "1 PNG files are read; passed over: " in said
+    assert "2 of .jpg" in said and "1 of no suffix" in said
+
+
+def test_names_of_dataset_json_may_be_composed_otherwise(write):
+    name = unicodedata.normalize("NFD", "é.png")
+    listing = {"labels": [[unicodedata.normalize("NFC", "é.png"), 4]]}
+    source = open_images(str(write({name: png(0), "dataset.json": json.dumps(listing).encode()})))
+    assert [int(example["label"]) for example in source] == [4]
+
+
+@pytest.mark.parametrize(
+    "kind, head", [(b"zTXt", b"workflow\0\0"), (b"iCCP", b"profile\0\0"), (b"tEXt", b"a\0")]
+)
+def test_large_texts_and_profiles_are_no_reason_to_refuse(kind, head):
+    stream, pixels = io.BytesIO(), np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    Image.fromarray(pixels).save(stream, "PNG")
+    data = stream.getvalue()
+    text = b"a" * (2 << 20)
+    body = kind + head + (text if kind == b"tEXt" else zlib.compress(text))
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    np.testing.assert_array_equal(decode_png(data[:33] + chunk + data[33:], "a"), pixels)
 
 
 def test_edm_dataset_json(write):
