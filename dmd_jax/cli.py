@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from dmd_jax import processes
 from dmd_jax.errors import Stopped, UserError
+from dmd_jax.flags import check_flags
 
 COMMANDS = {
     "quickstart": "digits from end to end: pairs, distillation, evaluation and a report",
@@ -94,6 +95,7 @@ def dispatch(argv: Sequence[str]) -> None:
     if overrides and not hasattr(args, "config"):
         raise UserError(f"unexpected argument {overrides[0]!r}; see {parser.prog} --help")
     args.overrides = overrides
+    check_flags()
     command.run(args)
 
 
