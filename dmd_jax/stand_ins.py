@@ -48,7 +48,7 @@ def dangling_link(path: Path) -> str | None:
     if not path.is_symlink() or path.exists():
         return None
     return (
-        f"a link to {os.readlink(path)}, which is not there (a copy of a cache of the hub needs "
+        f"a link to {os.readlink(path)!a}, which is not there (a copy of a cache of the hub needs "
         "its blobs as well)"
     )
 

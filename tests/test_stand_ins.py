@@ -42,7 +42,7 @@ def test_what_is_no_file_is_not_opened(tmp_path):
     (tmp_path / "circle").symlink_to("circle")
     for name, said in (
         ("pipe", "a pipe, socket or device"),
-        ("link", r"link to \.\./blobs/0123, which is not there"),
+        ("link", r"link to '\.\./blobs/0123', which is not there"),
         ("circle", "link"),
         ("missing", "no such file"),
         (".", "folder"),

@@ -46,8 +46,9 @@ class GivenFolder:
         return GivenFolder(self.path / name, f"{self.name}/{name}", self._root)
 
     def has(self, name: str) -> bool:
-        """Whether there is something of this name."""
-        return answered((self.path / name).exists)
+        """Whether there is something of this name, a link that leads nowhere included."""
+        path = self.path / name
+        return answered(lambda: path.exists() or path.is_symlink())
 
     def file(self, name: str) -> Path:
         """The path of a file.
@@ -59,14 +60,15 @@ class GivenFolder:
         try:
             inside = path.resolve().is_relative_to(self._root)
             is_file = path.is_file()
+            link = dangling_link(path)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{self.path}: {shown(name)} is no file: {first_line(error)}"
             ) from error
+        if link:
+            raise UserError(f"{self.path}: {shown(name)} is {link}; expected a file")
         if not inside:
             raise UserError(f"{self.path}: {shown(name)} leads out of the folder; expected a file")
-        if link := dangling_link(path):
-            raise UserError(f"{self.path}: {shown(name)} is {link}; expected a file")
         if not is_file:
             raise UserError(
                 f"{self.path} has no file {shown(name)}; expected one, as diffusers and "
