@@ -1,7 +1,8 @@
 """Training checkpoints: Orbax behind one door.
 
-WORKDIR/checkpoints/STEP holds the state and the position in the data. Writing is asynchronous and
-atomic: a step's folder has its name only once it is whole.
+WORKDIR/checkpoints/STEP holds the state, the position in the data, and a digest of each leaf of the
+state, by which reading finds what was changed since. Writing is asynchronous and atomic: a step's
+folder has its name only once it is whole.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import orbax.checkpoint as ocp
 
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import path_of
+from dmd_jax.leaf_digests import leaf_digests
 from dmd_jax.processes import settle
+from dmd_jax.seals import sealed, unsealed
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +59,9 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        record = {"position": position, "digests": leaf_digests(state)}
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position)
+            state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(sealed(record))
         )
         self._guard(step, lambda: self._manager.save(step, args=items))
 
@@ -72,8 +76,9 @@ class Checkpoints:
     def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest whole checkpoint on the shardings of `abstract`, whatever mesh wrote it.
 
-        A checkpoint that some process cannot read is set aside as `broken-STEP` with a warning,
-        and the one before it is taken, by all processes.
+        A checkpoint that some process cannot read, or whose leaves are not those that were saved,
+        is set aside as `broken-STEP` with a warning, and the one before it is taken, by all
+        processes.
 
         Args:
           abstract: the state as ShapeDtypeStructs with shardings.
@@ -88,10 +93,16 @@ class Checkpoints:
         for step in settle(self.steps[::-1], lambda every: every[0]):
             read, problem = self._read(step, abstract)
             # A process whose part of the files is torn must not fall back alone.
-            problem = settle(problem, lambda every: next(filter(None, every), None))
+            problem = settle(problem, _first_of)
+            if problem is None:
+                state, record = read
+                # By all processes, since each leaf is summed where its parts are.
+                problem = settle(_changed(record.get("digests"), leaf_digests(state)), _first_of)
             if problem is None:
                 self._set_aside(broken)
-                return step, *read
+                if "digests" not in record:  # as in checkpoints of earlier versions
+                    log.warning("checkpoint %s has no digests to check", self.folder / str(step))
+                return step, state, record.get("position", record)
             log.warning(
                 "checkpoint %s is not whole (%s); falling back to the one before it",
                 self.folder / str(step),
@@ -106,7 +117,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: Any) -> tuple[tuple[Any, Any] | None, str | None]:
-        """(state, position), or None and what is wrong with the files.
+        """(state, what is recorded with it), or None and what is wrong with the files.
 
         By the handlers of Orbax alone: its managers wait for all processes to have read, which
         never comes to pass where one cannot.
@@ -122,8 +133,8 @@ class Checkpoints:
                 item=abstract,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             )
-            position = ocp.JsonCheckpointHandler().restore(folder / "position")
-            return (state.restore(folder / "state", args=args), position), None
+            record, _ = unsealed(ocp.JsonCheckpointHandler().restore(folder / "position"))
+            return (state.restore(folder / "state", args=args), record), None
         except UserError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for torn files.
@@ -189,7 +200,12 @@ def restore_subtree(folder: Path, names: Sequence[str]) -> tuple[int, str, Any] 
                     ),
                     partial_restore=True,
                 )
-                state = manager.restore(step, args=ocp.args.Composite(state=args)).state
+                restored = manager.restore(
+                    step, args=ocp.args.Composite(state=args, position=ocp.args.JsonRestore())
+                )
+                state, (record, _) = restored.state, unsealed(restored.position)
+                if problem := _changed(record.get("digests"), leaf_digests(state)):
+                    raise ValueError(problem)
             except Exception as error:  # As in Checkpoints.restore.
                 _ignore_late_callbacks()
                 log.warning(
@@ -200,6 +216,23 @@ def restore_subtree(folder: Path, names: Sequence[str]) -> tuple[int, str, Any] 
                 continue
             return step, name, _descend(state, name)
     return None
+
+
+def _changed(saved: Any, found: dict[str, str]) -> str | None:
+    """Which leaves, by their digests, are not those that were saved; None where all are.
+
+    Args:
+      saved: None for a checkpoint without digests.
+    """
+    if saved is None:
+        return None
+    names = [name for name, digest in found.items() if saved.get(name) != digest]
+    more = f" and {len(names) - 1} more were" if len(names) > 1 else " was"
+    return f"{names[0]}{more} changed since it was saved" if names else None
+
+
+def _first_of(every: Sequence[str | None]) -> str | None:
+    return next(filter(None, every), None)
 
 
 def check_same_architecture(found: Any, expected: Any, where: Any) -> None:

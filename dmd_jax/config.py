@@ -14,7 +14,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dmd_jax.errors import UserError
-from dmd_jax.files import write_json
+from dmd_jax.seals import read_sealed, write_sealed
+
+# Of config.json's form, for readers to come.
+SCHEMA = 1
 
 # What may change when a run goes on; everything else would make it another run.
 MAY_CHANGE = (
@@ -193,7 +196,8 @@ def resolve_config(
     """The config of a run that writes to `workdir`, which keeps it in config.json.
 
     A workdir that has one is gone on with: without `path` its config is taken as it is, with
-    overrides of what may change.
+    overrides of what may change. A file without a digest, as earlier versions wrote it, is compared
+    with that of `path`, and not gone on with alone.
 
     Args:
       command: that the workdir belongs to.
@@ -201,27 +205,40 @@ def resolve_config(
     Raises:
       UserError: no config anywhere, or one that would make another run of what is in the workdir.
     """
-    saved_path = workdir / "config.json"
-    saved = _read_saved(saved_path, command) if saved_path.exists() else None
+    saved, trusted = _read_saved(workdir / "config.json", command)
     if path:
         config = load_config(path, overrides)
     elif saved is None:
         raise UserError(f"{workdir} holds no run to go on with; expected --config FILE")
+    elif not trusted:
+        raise UserError(
+            f"{workdir / 'config.json'} has no sha256 that tells whether it is as it was written; "
+            "expected --config FILE as well, with the run's config"
+        )
     else:
         config = apply_overrides(saved, overrides)
     if saved is not None:
-        before, after = flatten(saved.to_dict()), flatten(config.to_dict())
-        changed = [
-            f"{key} is {before.get(key)!r} there, {after.get(key)!r} here"
-            for key in sorted(before.keys() | after.keys())
-            if before.get(key) != after.get(key) and key not in MAY_CHANGE
-        ]
-        if changed:
-            raise UserError(
-                f"{workdir} holds a run with another config: {'; '.join(changed)}; "
-                "expected the same values, or another --workdir"
-            )
+        check_same_run(lasting(saved), lasting(config), workdir)
     return config
+
+
+def lasting(config: ConfigDict) -> dict[str, Any]:
+    """The values, by their dotted names, that make a run what it is: all but MAY_CHANGE."""
+    return {key: value for key, value in flatten(config.to_dict()).items() if key not in MAY_CHANGE}
+
+
+def check_same_run(before: dict[str, Any], after: dict[str, Any], workdir: Path) -> None:
+    """Raises a UserError that names the values in which two runs, as `lasting`, differ."""
+    changed = [
+        f"{key} is {before.get(key)!r} there, {after.get(key)!r} here"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run with another config: {'; '.join(changed)}; "
+            "expected the same values, or another --workdir"
+        )
 
 
 def stages_of(config: ConfigDict) -> list[tuple[int, ConfigDict]]:
@@ -262,22 +279,28 @@ def save_config(config: ConfigDict, workdir: Path, *, command: str) -> None:
       UserError: the folder cannot be written.
     """
     try:
-        write_json(workdir / "config.json", {"command": command, "config": config.to_dict()})
+        write_sealed(
+            workdir / "config.json",
+            {"schema": SCHEMA, "command": command, "config": config.to_dict()},
+        )
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written: {error}") from error
 
 
-def _read_saved(path: Path, command: str) -> ConfigDict:
+def _read_saved(path: Path, command: str) -> tuple[ConfigDict | None, bool]:
+    """The config of a workdir, None where there is none, and whether a digest vouches for it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        saved, written_by = content["config"], content["command"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
+        content, trusted = read_sealed(path)
+    except FileNotFoundError:
+        return None, True
+    schema, saved, written_by = (content.get(key) for key in ("schema", "config", "command"))
+    if schema not in (SCHEMA, None) or not isinstance(saved, dict):  # None: of earlier versions
+        raise UserError(f"{path} is of schema {schema!r:.50}; expected {SCHEMA}, with a config")
     if written_by != command:
         raise UserError(
             f"{path.parent} is the workdir of `dmd-jax {written_by}`; expected one of {command}"
         )
-    return ConfigDict(_completed(saved, default_config().to_dict()))
+    return ConfigDict(_completed(saved, default_config().to_dict())), trusted
 
 
 def _completed(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

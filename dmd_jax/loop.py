@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dmd_jax.checkpoints import Checkpoints
-from dmd_jax.config import save_config
+from dmd_jax.config import check_same_run, default_config, lasting, save_config
 from dmd_jax.errors import Stopped, UserError
 from dmd_jax.metrics import MetricsWriter, Progress
 from dmd_jax.profiling import Profile
@@ -71,14 +71,10 @@ def run(
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     restored = checkpoints.restore(abstract)
     if restored is None:
-        step, state, position = 0, initialize(), {"stage": 0, "batches": None}
+        step, state, position = 0, initialize(), {}
     else:
         step, state, position = restored
-        if position["identity"] != identity:
-            raise UserError(
-                f"{workdir} is a run with {position['identity']}, not with {identity}; expected "
-                "the same teacher and data, or another --workdir"
-            )
+        _check_same_run(position, identity, config, workdir)
         if step > total_steps:
             raise UserError(
                 f"{workdir} is at step {step:,}, not {total_steps:,}; expected steps of at least "
@@ -89,20 +85,31 @@ def run(
     if first:
         # Not before the checkpoint agrees: a refused config must not replace the run's own.
         save_config(config, workdir, command=name)
-    writer = MetricsWriter(workdir, step=step, enabled=first)
+    writer = MetricsWriter(workdir, step=step, digest=position.get("metrics"), enabled=first)
     trace = Profile(workdir / "profile", profile, step)
     number = _stage_at(step, stages)
     batches = stages[number].batches()
-    if position.get("stage", 0) == number and position["batches"] is not None:
+    if position.get("batches") is not None and position.get("stage", 0) == number:
         batches.set_state(position["batches"])
     progress = _progress(name, stages, number, step, enabled=first)
-    pending: list[tuple[int, dict[str, jax.Array]]] = []
+    # The metrics of steps since the last line, which are part of the next one.
+    pending: list[tuple[int, dict[str, jax.Array | float]]] = [
+        (step, metrics) for step, metrics in position.get("pending", [])
+    ]
 
     def save() -> None:
+        pending[:] = _fetched(pending)
         _check_finite(pending, checkpoints)
-        position = {"stage": number, "batches": batches.get_state()}
         writer.flush()
-        checkpoints.save(step, state, position | {"identity": identity})
+        position = {
+            "stage": number,
+            "batches": batches.get_state(),
+            "identity": identity,
+            "config": lasting(config),
+            "pending": pending,
+            "metrics": writer.digest,
+        }
+        checkpoints.save(step, state, position)
 
     started_at = step
     try:
@@ -161,10 +168,29 @@ def _progress(name: str, stages, number: int, step: int, *, enabled: bool) -> Pr
     return Progress(name, stages[-1].until, start=step, per_step=per_step, enabled=enabled)
 
 
+def _check_same_run(position, identity: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
+    """Raises a UserError where a checkpoint is of another teacher, of other data or settings."""
+    if position["identity"] != identity:
+        raise UserError(
+            f"{workdir} is a run with {position['identity']}, not with {identity}; expected the "
+            "same teacher and data, or another --workdir"
+        )
+    if "config" in position:  # not in those of earlier versions
+        defaults = lasting(default_config())
+        check_same_run(defaults | position["config"], lasting(config), workdir)
+
+
+def _fetched(pending) -> list[tuple[int, dict[str, float]]]:
+    return [
+        (step, {name: float(value) for name, value in jax.device_get(metrics).items()})
+        for step, metrics in pending
+    ]
+
+
 def _check_finite(pending, checkpoints: Checkpoints) -> dict[str, float]:
     """Fetches the steps' metrics; returns their means, or raises at the first bad loss."""
-    fetched = [(step, jax.device_get(metrics)) for step, metrics in pending]
-    for step, metrics in fetched:
+    values: dict[str, list[float]] = {}
+    for step, metrics in _fetched(pending):
         for name, value in metrics.items():
             if name.startswith(("loss", "grad_norm")) and not np.isfinite(value):
                 checkpoints.wait()
@@ -174,10 +200,7 @@ def _check_finite(pending, checkpoints: Checkpoints) -> dict[str, float]:
                     f"{name} is {value} at step {step}; expected a finite number; {last} "
                     f"in {checkpoints.folder}"
                 )
-    values: dict[str, list[float]] = {}
-    for _, metrics in fetched:
-        for name, value in metrics.items():
-            values.setdefault(name, []).append(float(value))
+            values.setdefault(name, []).append(value)
     return {name: float(np.mean(each)) for name, each in values.items()}
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dmd_jax.errors import UserError
 from dmd_jax.files import in_bucket, write_whole
 from dmd_jax.pictures import save_png
+
+log = logging.getLogger(__name__)
 
 _LINES, _EVENTS = "metrics.jsonl", "tensorboard"
 _SECONDS_BETWEEN_UPLOADS = 30.0
@@ -28,11 +33,15 @@ class MetricsWriter:
 
     Args:
       step: where the run goes on; lines of later steps, which will be written again, are dropped.
+      digest: `digest` as it was at that step, None where that is not known.
       enabled: False on every process but the first, which then writes nothing.
     """
 
-    def __init__(self, workdir: Path, *, step: int = 0, enabled: bool = True):
+    def __init__(
+        self, workdir: Path, *, step: int = 0, digest: str | None = None, enabled: bool = True
+    ):
         self._enabled = enabled
+        self._lines = hashlib.sha256()
         if not enabled:
             return
         self._workdir = self._local = workdir
@@ -41,16 +50,29 @@ class MetricsWriter:
             self._local = Path(self._temporary.name)
         self._uploaded = time.monotonic()
         with self._writing():
-            _copy_until(step, workdir, self._local)
+            self._copy_until(step)
             self._file = (self._local / _LINES).open("a", encoding="utf-8")
             self._events = self._new_events(purge_step=step + 1)
+        if digest not in (None, self.digest):
+            log.warning(
+                "%s is not as it was at step %d, where the run goes on: its lines until there may "
+                "be wrong; the weights do not depend on them",
+                *(workdir / _LINES, step),
+            )
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all lines, in hexadecimal, of which the run's checkpoints take note."""
+        return self._lines.hexdigest()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes one line and one event a scalar."""
         if not self._enabled:
             return
         with self._writing():
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            line = json.dumps({"step": step, **values}) + "\n"
+            self._lines.update(line.encode())
+            self._file.write(line)
             self._file.flush()
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
@@ -94,6 +116,15 @@ class MetricsWriter:
             finally:
                 self._temporary.cleanup()
 
+    def _copy_until(self, step: int) -> None:
+        """Takes the workdir's lines up to this step over into the local folder, maybe the same."""
+        if not (self._workdir / _LINES).exists():
+            return
+        kept = [line for line in read_metrics(self._workdir) if line["step"] <= step]
+        content = "".join(json.dumps(line) + "\n" for line in kept).encode()
+        self._lines.update(content)
+        write_whole(self._local / _LINES, content)
+
     def _new_events(self, **options: int):
         # It brings the clients of Google's and Amazon's clouds where those are installed.
         from tensorboardX import SummaryWriter
@@ -123,23 +154,33 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
-    """The lines of WORKDIR/metrics.jsonl, in order; a line torn by a kill is left out."""
+    """The lines of WORKDIR/metrics.jsonl, in order.
+
+    Damaged ones, as a kill leaves the last, are left out, with a warning that counts them.
+    """
     path = workdir / _LINES
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    lines, damaged = [], 0
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if _is_line(line):
+            lines.append(line)
+        else:
+            damaged += 1
+    if damaged:
+        log.warning("%s: %d damaged lines are left out", path, damaged)
     return lines
 
 
-def _copy_until(step: int, workdir: Path, folder: Path) -> None:
-    """Writes the workdir's lines up to this step into `folder`, which may be the same."""
-    if not (workdir / _LINES).exists():
-        return
-    kept = [line for line in read_metrics(workdir) if line["step"] <= step]
-    write_whole(folder / _LINES, "".join(json.dumps(line) + "\n" for line in kept).encode())
+def _is_line(line: Any) -> bool:
+    """Whether that is {"step": a whole number, name: number, …}."""
+    return (
+        isinstance(line, dict)
+        and type(line.get("step")) is int
+        and all(type(value) in (int, float) for value in line.values())
+    )
 
 
 class Progress:

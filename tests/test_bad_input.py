@@ -178,6 +178,42 @@ def test_config_and_checkpoint_of_another_architecture(capsys, tiny, copy, tmp_p
     assert "of another architecture" in line and "is missing" in line
 
 
+def rewritten(path, old, new):
+    """Puts text in place of other text that is there."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"learning_rate"', '"learhing_rate"'), ('"beta2": 0.999', '"beta2": 0.909'), ("16", "24")],
+)
+def test_a_config_that_was_changed_is_not_gone_on_with(capsys, tiny, copy, old, new):
+    path = copy / "config.json"
+    rewritten(path, old, new)
+    expected = f"{path} cannot be read: it was changed since it was written"
+    for arguments in ((), tiny):
+        assert expected in fails(capsys, "train", *arguments, "--workdir", copy)
+    # The checkpoint knows the run's config too.
+    path.unlink()
+    line = fails(capsys, "train", *tiny, "--workdir", copy, "--config.beta2=0.9")
+    assert "beta2 is 0.999 there, 0.9 here; expected the same values" in line
+    succeeds("train", *tiny, "--workdir", copy)
+
+
+def test_a_config_of_an_earlier_version_needs_its_file(capsys, tiny, copy):
+    path = copy / "config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({key: saved[key] for key in ("command", "config")}))
+    line = fails(capsys, "train", "--workdir", copy)
+    assert f"{path} has no sha256" in line and "expected --config FILE as well" in line
+    succeeds("train", *tiny, "--workdir", copy)
+    assert json.loads(path.read_text()) == saved
+    path.write_text(json.dumps({**saved, "schema": 2, "sha256": None}))
+    assert "is of schema 2; expected 1" in fails(capsys, "train", *tiny, "--workdir", copy)
+
+
 def test_workdir_of_another_command(capsys, tiny, copy):
     assert "is the workdir of `dmd-jax train`" in fails(capsys, "teacher", "--workdir", copy)
 

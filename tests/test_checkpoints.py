@@ -1,4 +1,7 @@
-"""What several processes do with a checkpoint that one of them cannot read."""
+"""Checkpoints that cannot be read, by one process or by all, or that are not what was saved."""
+
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -38,3 +41,49 @@ def test_what_another_process_cannot_read_is_not_used_here(tmp_path, monkeypatch
     )
     with pytest.raises(UserError, match=r"no whole checkpoint in .*: steps \[1\] cannot be read"):
         run.restore(abstract)
+
+
+@pytest.fixture
+def two_steps(tmp_path):
+    """A folder with the checkpoints of steps 1 and 2, and the state to restore."""
+    sharding = replicated(make_mesh())
+    params = jax.device_put(jnp.arange(4.0), sharding)
+    run = checkpoints.Checkpoints(tmp_path / "checkpoints")
+    for step in (1, 2):
+        state = {"ema": {"w": params + step}, "step": jax.device_put(jnp.int32(step), sharding)}
+        run.save(step, state, {"batches": step})
+    run.close()
+    return run.folder, with_shardings(state, jax.tree.map(lambda _: sharding, state))
+
+
+def test_leaves_that_are_not_those_saved_are_not_gone_on_with(two_steps, caplog):
+    folder, abstract = two_steps
+    # Whole files, but those of another step: no parser can see it.
+    shutil.rmtree(folder / "2" / "state")
+    shutil.copytree(folder / "1" / "state", folder / "2" / "state")
+    step, name, params = checkpoints.restore_subtree(folder, ["ema"])
+    assert (step, name) == (1, "ema")
+    np.testing.assert_array_equal(params["w"], np.arange(4.0) + 1)
+    assert "2 is not whole (ema/w was changed since it was saved)" in caplog.text
+    step, state, position = checkpoints.Checkpoints(folder).restore(abstract)
+    assert (step, int(state["step"]), position) == (1, 1, {"batches": 1})
+    assert "2 is not whole (ema/w and 1 more were changed since it was saved)" in caplog.text
+    assert (folder / "broken-2").is_dir()
+
+
+def test_a_position_that_is_not_the_one_saved_is_not_gone_on_with(two_steps, caplog):
+    folder, abstract = two_steps
+    path = folder / "2" / "position" / "metadata"
+    path.write_text(path.read_text().replace('"batches": 2', '"batches": 3'))
+    assert checkpoints.restore_subtree(folder, ["ema"])[0] == 1
+    assert checkpoints.Checkpoints(folder).restore(abstract)[0] == 1
+    assert "2 is not whole (it was changed since it was written" in caplog.text
+
+
+def test_checkpoints_without_digests_are_read_and_told_of(two_steps, caplog):
+    folder, abstract = two_steps
+    (folder / "2" / "position" / "metadata").write_text(json.dumps({"batches": 2}))
+    step, state, position = checkpoints.Checkpoints(folder).restore(abstract)
+    assert (step, int(state["step"]), position) == (2, 2, {"batches": 2})
+    assert "2 has no digests to check" in caplog.text
+    assert checkpoints.restore_subtree(folder, ["ema"])[0] == 2

@@ -59,6 +59,41 @@ def test_lines_after_the_step_to_go_on_from_are_dropped(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"\xff\xfe", b"null", b"12", b"[1]", b"", b"\x00", b'{"loss": 1.0}'),
+        *(b'{"step": "x"}', b'{"step": true}', b'{"step": 1.5}', b'{"step": 1, "loss": "x"}'),
+        *(b"[" * 100_000, b'{"step": 1, "loss": ' * 50_000, b'{"step": 1' + b"0" * 9999),
+    ],
+)
+def test_damaged_lines_are_left_out_and_counted(tmp_path, caplog, line):
+    path = tmp_path / "metrics.jsonl"
+    whole = [b'{"step": 1, "loss": 0.5}', b'{"step": 2, "loss": NaN}', b'{"step": 3, "loss": 1e-3}']
+    path.write_bytes(b"\n".join([whole[0], line, whole[1], line, whole[2]]) + b"\n")
+    lines = metrics.read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert f"{path}: 2 damaged lines are left out" in caplog.text
+    writer = metrics.MetricsWriter(tmp_path, step=2)
+    writer.close()
+    assert path.read_bytes() == b"\n".join(whole[:2]) + b"\n"
+
+
+def test_lines_that_changed_since_a_checkpoint_are_told_of(tmp_path, caplog):
+    writer = metrics.MetricsWriter(tmp_path)
+    writer.scalars(1, {"loss": 0.1})
+    digest = writer.digest
+    writer.scalars(2, {"loss": 0.2})
+    writer.close()
+    writer = metrics.MetricsWriter(tmp_path, step=1, digest=digest)
+    assert writer.digest == digest and not caplog.text
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace("0.1", "0.3"))
+    metrics.MetricsWriter(tmp_path, step=1, digest=digest).close()
+    assert f"{path} is not as it was at step 1" in caplog.text
+
+
 def test_other_processes_write_nothing(tmp_path):
     writer = metrics.MetricsWriter(tmp_path / "none", enabled=False)
     writer.scalars(1, {"loss": 0.0})

@@ -1,0 +1,58 @@
+"""JSON files that carry a digest of themselves, so that a changed one is not believed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dmd_jax.errors import UserError, first_line
+from dmd_jax.files import write_json
+
+_SEAL = "sha256"
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with the key "sha256": that of the rest as JSON with sorted keys."""
+    return {**content, _SEAL: _digest(content)}
+
+
+def write_sealed(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Writes `sealed(content)` as JSON. Raises an OSError where that cannot be done."""
+    write_json(path, sealed(content))
+
+
+def unsealed(content: Any) -> tuple[dict[str, Any], bool]:
+    """The content without its seal, and whether it had one.
+
+    Raises:
+      ValueError: it is no JSON object, or its seal is that of another content.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {type(content).__name__}, not a JSON object")
+    content = dict(content)
+    seal = content.pop(_SEAL, None)
+    if seal is not None and seal != _digest(content):
+        raise ValueError("it was changed since it was written: its sha256 is that of other content")
+    return content, seal is not None
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
+    """A JSON object from a file, without its seal, and whether it had one.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      UserError: it cannot be read, is no JSON object, or was changed since it was written.
+    """
+    try:
+        return unsealed(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
