@@ -27,6 +27,7 @@ from dmd_jax.pictures import save_png
 from dmd_jax.provenance import command_line, machine
 from dmd_jax.study import Study
 from dmd_jax.weights import denoiser_of, params_sha256
+from dmd_jax.workdir_lock import locked
 
 DIGITS_FEATURES = "dmd_jax.evaluation.digits_classifier:features"
 # Arguments of `evaluate` that the study gives itself, or whose file the rows would overwrite.
@@ -101,11 +102,12 @@ def run(args: argparse.Namespace) -> None:
         workdir=args.workdir,
     )
     try:
-        # First of all, so that what evaluate refuses is refused before anything is trained.
-        baselines = study.baselines()
-        save_config(config, args.workdir, command="ablate")
-        pairs = study.make_pairs()
-        found = {row: {seed: study.run_row(row, seed, pairs) for seed in seeds} for row in rows}
+        with locked(args.workdir):
+            # First of all, so that what evaluate refuses is refused before anything is trained.
+            baselines = study.baselines()
+            save_config(config, args.workdir, command="ablate")
+            pairs = study.make_pairs()
+            found = {row: {seed: study.run_row(row, seed, pairs) for seed in seeds} for row in rows}
     except Stopped as stopped:
         # It is the study that goes on, not the part that was stopped.
         stopped.args = (

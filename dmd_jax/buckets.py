@@ -79,6 +79,15 @@ class BucketPath(PosixGPath):
             _files().pipe_file(str(self), bytes(data))
         return len(data)
 
+    def create(self, data: bytes) -> bool:
+        """Writes an object that is not there yet; False where it is, which is left as it is."""
+        try:
+            with self._as_oserror("no such bucket"):
+                _files().pipe_file(str(self), bytes(data), mode="create")
+        except FileExistsError:
+            return False
+        return True
+
     def write_text(self, data: str, encoding: str | None = None, errors: str | None = None) -> int:
         return self.write_bytes(data.encode("utf-8"))
 

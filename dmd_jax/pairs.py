@@ -27,6 +27,7 @@ from dmd_jax.processes import wait_for_all
 from dmd_jax.text_to_image import TEXT_SAMPLERS, LatentMaker, load_pipeline
 from dmd_jax.tokenizer import Tokenizer
 from dmd_jax.weights import Weights, denoiser_of, params_sha256
+from dmd_jax.workdir_lock import locked
 
 log = logging.getLogger(__name__)
 
@@ -63,17 +64,18 @@ def run(args: argparse.Namespace) -> None:
         name = plan.metadata.condition.name
         return {"z_ref": z_ref, "y_ref": np.concatenate(parts), name: cond}
 
-    write_pairs(
-        args.workdir,
-        plan.metadata,
-        make_shard,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        progress=count,
-    )
-    plan.warn()
-    # What follows, training perhaps, needs the shards of all.
-    wait_for_all()
+    with locked(args.workdir, first=first):
+        write_pairs(
+            args.workdir,
+            plan.metadata,
+            make_shard,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            progress=count,
+        )
+        plan.warn()
+        # What follows, training perhaps, needs the shards of all.
+        wait_for_all()
     if first:
         print(f"pairs: {options.count:,} in {args.workdir}")
 

@@ -8,6 +8,7 @@ from dmd_jax.data.prompt_rows import KEYS
 from dmd_jax.data.prompts import SHARD_SIZE, write_prompts
 from dmd_jax.files import path_of
 from dmd_jax.metrics import Progress
+from dmd_jax.workdir_lock import locked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +41,15 @@ def run(args: argparse.Namespace) -> None:
         else:
             progress.update(done)
 
-    metadata = write_prompts(
-        args.out,
-        args.source,
-        key=args.key,
-        shard_size=args.shard_size,
-        skip_broken=args.skip_broken,
-        checked=check.update,
-        written=written,
-    )
+    with locked(args.out):
+        metadata = write_prompts(
+            args.out,
+            args.source,
+            key=args.key,
+            shard_size=args.shard_size,
+            skip_broken=args.skip_broken,
+            checked=check.update,
+            written=written,
+        )
     skipped = f", {metadata.skipped:,} broken rows left out" if metadata.skipped else ""
     print(f"prompts: {metadata.count:,} in {args.out}{skipped}")

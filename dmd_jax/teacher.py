@@ -21,6 +21,7 @@ from dmd_jax.profiling import add_profile_argument, profiled_steps
 from dmd_jax.sharding import check_batch_size, on_rows, own_rows, replicated
 from dmd_jax.teacher_step import make_teacher_step, teacher_state
 from dmd_jax.weights import Weights, save_weights
+from dmd_jax.workdir_lock import locked
 
 PREVIEW_COUNT = 40
 
@@ -79,43 +80,44 @@ def run(args: argparse.Namespace) -> None:
         "label": jax.ShapeDtypeStruct((count,), jnp.int32),
     }
     batch = on_rows(batch, mesh)
-    final = loop.run(
-        name="teacher",
-        workdir=args.workdir,
-        config=config,
-        identity={"images": len(images)},
-        abstract=abstract,
-        initialize=jax.jit(initialize, out_shardings=shardings),
-        stages=[
-            loop.Stage(
-                until=options.steps,
-                advance=jax.jit(
-                    step,
-                    in_shardings=(shardings, shardings_of(batch)),
-                    out_shardings=(shardings, replicated(mesh)),
-                    donate_argnums=0,
-                ),
-                batches=functools.partial(
-                    batches,
-                    images,
-                    batch_size=options.batch_size,
-                    seed=config.seed,
-                    rows=own_rows(mesh, options.batch_size),
-                ),
-                batch=batch,
-                images_per_step=options.batch_size,
-            )
-        ],
-        profile=profile,
-        draw_pictures=_preview(config, denoiser, shardings.ema, mesh),
-    )
-    params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(final.ema)
-    if jax.process_index() == 0:
-        network = config.network.to_dict()
-        description = f"EDM teacher of {config.images}, EMA after {int(final.step)} steps"
-        save_weights(
-            args.workdir / "weights", Weights(network, jax.device_get(params), description)
+    with locked(args.workdir, first=jax.process_index() == 0):
+        final = loop.run(
+            name="teacher",
+            workdir=args.workdir,
+            config=config,
+            identity={"images": len(images)},
+            abstract=abstract,
+            initialize=jax.jit(initialize, out_shardings=shardings),
+            stages=[
+                loop.Stage(
+                    until=options.steps,
+                    advance=jax.jit(
+                        step,
+                        in_shardings=(shardings, shardings_of(batch)),
+                        out_shardings=(shardings, replicated(mesh)),
+                        donate_argnums=0,
+                    ),
+                    batches=functools.partial(
+                        batches,
+                        images,
+                        batch_size=options.batch_size,
+                        seed=config.seed,
+                        rows=own_rows(mesh, options.batch_size),
+                    ),
+                    batch=batch,
+                    images_per_step=options.batch_size,
+                )
+            ],
+            profile=profile,
+            draw_pictures=_preview(config, denoiser, shardings.ema, mesh),
         )
+        params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(final.ema)
+        if jax.process_index() == 0:
+            network = config.network.to_dict()
+            description = f"EDM teacher of {config.images}, EMA after {int(final.step)} steps"
+            save_weights(
+                args.workdir / "weights", Weights(network, jax.device_get(params), description)
+            )
 
 
 def _preview(config, denoiser, shardings, mesh):

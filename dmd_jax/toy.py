@@ -29,6 +29,7 @@ from dmd_jax.provenance import command_line, machine
 from dmd_jax.scatter import Panel, draw_panels
 from dmd_jax.sharding import replicated
 from dmd_jax.train_step import jit_step, make_train_step
+from dmd_jax.workdir_lock import locked
 
 # Each objective's options of objective.generator_loss; "full" is the config's own.
 OBJECTIVES = {
@@ -67,16 +68,17 @@ def run(args: argparse.Namespace) -> None:
     config = resolve_config(args.config, args.overrides, args.workdir, command="toy")
     check_ranges(config)
     plane = make_plane(config)
-    save_config(config, args.workdir, command="toy")
-    fakes = {}
-    for objective in OBJECTIVES:
-        with _writing(args.workdir):
-            (args.workdir / objective).mkdir(exist_ok=True)
-            writer = MetricsWriter(args.workdir / objective)
-        try:
-            fakes["initial"], fakes[objective] = train(config, plane, objective, writer)
-        finally:
-            writer.close()
+    with locked(args.workdir):
+        save_config(config, args.workdir, command="toy")
+        fakes = {}
+        for objective in OBJECTIVES:
+            with _writing(args.workdir):
+                (args.workdir / objective).mkdir(exist_ok=True)
+                writer = MetricsWriter(args.workdir / objective)
+            try:
+                fakes["initial"], fakes[objective] = train(config, plane, objective, writer)
+            finally:
+                writer.close()
     fakes = {name: fakes[name] for name in TITLES}
     panels = {name: measure(points, plane) for name, points in fakes.items()}
     summary = {

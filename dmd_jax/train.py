@@ -33,6 +33,7 @@ from dmd_jax.sharding import (
 )
 from dmd_jax.train_step import EVERY_STEP
 from dmd_jax.weights import Weights, save_weights
+from dmd_jax.workdir_lock import locked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,27 +74,28 @@ def run(args: argparse.Namespace) -> None:
             images_per_step=part.batch_size,
         )
 
-    final = loop.run(
-        name="train",
-        workdir=args.workdir,
-        config=config,
-        identity=setting.identity,
-        abstract=program.state,
-        initialize=lambda: jax.jit(program.initialize, out_shardings=shardings_of(program.state))(
-            teacher_params
-        ),
-        stages=[stage(number) for number in range(len(parts))],
-        sparse_every=config.generator_every,
-        dense=EVERY_STEP,
-        profile=profile,
-        draw_pictures=preview(config, setting, teacher_params, perceptual_params, mesh),
-    )
-    trained = final.generator.params if final.ema is None else final.ema
-    params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(trained)
-    if jax.process_index() == 0:
-        description = f"one-step generator, distilled for {int(final.step)} steps"
-        weights = Weights(teacher.network, jax.device_get(params), description)
-        save_weights(args.workdir / "weights", weights)
+    with locked(args.workdir, first=jax.process_index() == 0):
+        final = loop.run(
+            name="train",
+            workdir=args.workdir,
+            config=config,
+            identity=setting.identity,
+            abstract=program.state,
+            initialize=lambda: jax.jit(
+                program.initialize, out_shardings=shardings_of(program.state)
+            )(teacher_params),
+            stages=[stage(number) for number in range(len(parts))],
+            sparse_every=config.generator_every,
+            dense=EVERY_STEP,
+            profile=profile,
+            draw_pictures=preview(config, setting, teacher_params, perceptual_params, mesh),
+        )
+        trained = final.generator.params if final.ema is None else final.ema
+        params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(trained)
+        if jax.process_index() == 0:
+            description = f"one-step generator, distilled for {int(final.step)} steps"
+            weights = Weights(teacher.network, jax.device_get(params), description)
+            save_weights(args.workdir / "weights", weights)
 
 
 def _ahead(setting: Setting, program: Program, stage: ConfigDict, mesh: Mesh):
