@@ -29,13 +29,13 @@ from dmd_jax.errors import UserError
 from dmd_jax.evaluate_text import CAPTION_OPTIONS, add_caption_arguments, captioned
 from dmd_jax.evaluation.coco import NUM_CAPTIONS
 from dmd_jax.evaluation.collect import LabelledSamples, Subject, reference_rows, sample_rows
-from dmd_jax.evaluation.features import Features, check_fit, feature_extractor
+from dmd_jax.evaluation.features import RESOLUTION, Features, check_fit, feature_extractor
 from dmd_jax.evaluation.measures import measure
 from dmd_jax.evaluation.parts import Rows, claim, release
+from dmd_jax.evaluation.protocols import Conventions, add_protocol_arguments, protocol_of
 from dmd_jax.evaluation.reference import Reference, open_reference, save_reference
 from dmd_jax.files import local_path, path_of, write_json
 from dmd_jax.models import complete
-from dmd_jax.models.inception import PREPROCESSINGS
 from dmd_jax.processes import add_process_arguments, join_processes
 from dmd_jax.provenance import command_line, machine
 from dmd_jax.text_to_image import is_text_to_image
@@ -58,17 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--features",
         action="append",
         metavar="NAME",
-        help="may be given several times: pixels (the default, for tiny images), inception, "
-        "vgg16, or package.module:function (images [N, H, W, C] -> [N, D])",
+        help="may be given several times: pixels (the default, for tiny images), inception (the "
+        "default of a --protocol), vgg16, or package.module:function (images [N, H, W, C] -> "
+        "[N, D])",
     )
     parser.add_argument(
         "--inception", type=path_of, metavar="FILE", help="of `dmd-jax convert inception`"
-    )
-    parser.add_argument(
-        "--inception-preprocessing",
-        choices=tuple(PREPROCESSINGS),
-        default="pytorch_fid",
-        help="how images reach inception; tensorflow where EDM's statistics are the reference",
     )
     parser.add_argument(
         "--lpips", type=path_of, metavar="FILE", help="of `dmd-jax convert lpips`, for vgg16"
@@ -76,9 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vgg-resolution",
         type=int,
-        default=224,
         metavar="R",
-        help="pixels that vgg16 resizes images to; 0 leaves them (default: 224)",
+        help=f"pixels that vgg16 resizes images to; 0 leaves them (default: {RESOLUTION})",
     )
     parser.add_argument(
         "--repeat-grey", action="store_true", help="show grey images to networks as three channels"
@@ -110,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.npz",
         help="keep the statistics of the real images, for --reference",
     )
+    add_protocol_arguments(parser)
     add_caption_arguments(parser)
     add_process_arguments(parser)
 
@@ -127,17 +122,23 @@ def open_judges(
     Raises:
       UserError: one of them cannot be had, or images do not fit.
     """
+    names = _names(args)
+    if "inception" not in names:
+        refuse(args, ["inception_preprocessing"], f"the features are {', '.join(names)}")
+    said = args.protocol is not None or args.inception_preprocessing is not None
     features = [
         feature_extractor(
             name,
             inception=args.inception,
             lpips=args.lpips,
-            preprocessing=args.inception_preprocessing,
+            preprocessing=protocol_of(args).conventions.preprocessing if said else None,
             resolution=args.vgg_resolution,
             repeat_grey=args.repeat_grey,
         )
-        for name in _names(args)
+        for name in names
     ]
+    if args.features is None and args.protocol is None:
+        features = [one._replace(unsaid="--features NAME") for one in features]
     for one in features:
         check_fit(one, sample_shape)  # before any image is made
     return features, open_reference(args.reference, sample_shape, features, args.num_reference)
@@ -163,7 +164,8 @@ def _run(args: argparse.Namespace) -> None:
         return None, {"command": "evaluate", **given}
 
     join_processes(args, prepare)
-    subject = _subject(args)
+    protocol = protocol_of(args)
+    subject = _subject(args, protocol.conventions)
     samples = subject.samples
     features, reference = open_judges(args, samples.sample_shape)
     if reference.images is None and args.save_reference is not None:
@@ -208,7 +210,9 @@ def _run(args: argparse.Namespace) -> None:
             "num_steps": num_steps,
             **subject.results,
             "seed": args.seed,
+            "protocol": protocol.results(),
             "dtype": args.dtype,
+            "feature_dtype": "float32",
             "seconds_per_image": seconds,
             "weights": subject.description,
             "command": command_line(),
@@ -223,16 +227,19 @@ def _run(args: argparse.Namespace) -> None:
             shown += f", CLIP score {results['clip']['clip_score']:.2f}"
         if "latency" in results:
             shown += f", {results['latency']['seconds']['p50']:.3g} s an image"
-        print(f"evaluate: Fréchet distance {shown} in {args.out}")
+        print(
+            f"evaluate: Fréchet distance {shown}, protocol {protocol}, images made in "
+            f"{args.dtype}, in {args.out}"
+        )
     multihost_utils.sync_global_devices(f"evaluate: {args.out} written")
 
 
-def _subject(args: argparse.Namespace) -> Subject:
+def _subject(args: argparse.Namespace, conventions: Conventions) -> Subject:
     """What the arguments have evaluated; defaults are filled in in `args`."""
     if is_text_to_image(args.weights):
         if args.coco is None:
             raise UserError(f"{args.weights} are text-to-image weights; expected --coco CAPTIONS")
-        return captioned(args)
+        return captioned(args, conventions)
     refuse(args, CAPTION_OPTIONS, f"{args.weights} are no text-to-image weights")
     maker, weights = make_images(args)
     settings = {
@@ -241,13 +248,18 @@ def _subject(args: argparse.Namespace) -> Subject:
         "sampler_options": {name: getattr(args, name) for name in SAMPLER_OPTIONS},
         # A batch's noise is one draw, and the devices may have made the batch larger.
         "noise_batch_size": maker.batch_size if args.s_churn else None,
+        "labels": conventions.labels,
+        "bytes": conventions.bytes,
     }
-    samples = LabelledSamples(maker, args.seed)
+    samples = LabelledSamples(
+        maker, args.seed, labels=conventions.labels, bytes_rule=conventions.bytes
+    )
     return Subject(samples, settings, {}, weights.description, lambda rows: {})
 
 
 def _names(args: argparse.Namespace) -> list[str]:
-    return list(dict.fromkeys(args.features or ["pixels"]))
+    default = "pixels" if args.protocol is None else "inception"
+    return list(dict.fromkeys(args.features or [default]))
 
 
 def _check_arguments(args: argparse.Namespace, names: list[str]) -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dmd_jax.arguments import make_latents
+from dmd_jax.arguments import make_latents, refuse
 from dmd_jax.data.sources import bytes_to_float
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation.clip_score import ClipScore, resized, score
@@ -20,6 +20,7 @@ from dmd_jax.evaluation.coco import read_captions
 from dmd_jax.evaluation.collect import Counter, Subject
 from dmd_jax.evaluation.latency import WARM_UP, latency
 from dmd_jax.evaluation.parts import Rows
+from dmd_jax.evaluation.protocols import Conventions
 from dmd_jax.files import local_path
 from dmd_jax.generation import draw_latents
 from dmd_jax.models import complete
@@ -29,7 +30,7 @@ from dmd_jax.sample_text import encode, image_settings
 from dmd_jax.text_to_image import LatentMaker, Pipeline
 
 RESIZE = 256  # pixels; of Stable Diffusion's 512, in the published evaluations
-CAPTION_OPTIONS = ("coco", "clip", "resize", "latency")
+CAPTION_OPTIONS = ("coco", "clip", "clip_prefix", "resize", "latency")
 
 
 def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,12 +73,14 @@ class CaptionedSamples:
       resize: pixels of a side that images are resized to before they are judged, Lanczos in PIL on
         bytes; 0 leaves them as they are, but for becoming bytes.
       clip: what scores them; clip_tokens: of the captions, as CLIP has them.
+      bytes_rule: of pictures.BYTE_RULES.
 
     Raises:
       UserError: images that are no squares, or are smaller than `resize`.
     """
 
     kept = ("tokens",)
+    to_bytes = staticmethod(to_uint8)  # what is judged was bytes already
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class CaptionedSamples:
         resize: int,
         clip: ClipScore | None,
         clip_tokens: np.ndarray | None,
+        bytes_rule: str = "edm",
     ):
         height, width, channels = maker.image_shape
         if height != width:
@@ -98,6 +102,7 @@ class CaptionedSamples:
         self.sample_shape = (side, side, channels)
         self._maker, self._tokens, self._seed = maker, tokens, seed
         self._clip, self._clip_tokens = clip, clip_tokens
+        self._bytes_rule = bytes_rule
 
     def warm_up(self) -> None:
         z = np.zeros((1, *self._maker.latent_shape), np.float32)
@@ -114,7 +119,7 @@ class CaptionedSamples:
             yield self._maker.decode(latents)
 
     def judged(self, images: np.ndarray) -> np.ndarray:
-        pixels = to_uint8(images)
+        pixels = to_uint8(images, self._bytes_rule)
         size = self.sample_shape[:2]
         if size != pixels.shape[1:3]:
             pixels = resized(pixels, size, Image.Resampling.LANCZOS)
@@ -131,12 +136,18 @@ class CaptionedSamples:
         self._maker = self._clip = None
 
 
-def captioned(args: argparse.Namespace) -> Subject:
+def captioned(args: argparse.Namespace, conventions: Conventions) -> Subject:
     """The samples that --coco asks for. Defaults are filled in in `args`.
+
+    Args:
+      conventions: of the protocol; that of labels does not matter here.
 
     Raises:
       UserError: an argument that is impossible, or a part that is not what it should be.
     """
+    refuse(args, ["labels"], f"{args.weights} are text-to-image weights")
+    if args.clip is None:
+        refuse(args, ["clip_prefix"], "there is no --clip")
     args.resize = RESIZE if args.resize is None else args.resize
     if args.resize < 0:
         raise UserError(f"--resize {args.resize}; expected pixels, or 0")
@@ -144,12 +155,19 @@ def captioned(args: argparse.Namespace) -> Subject:
         raise UserError(f"--latency {args.latency}; expected at least 1 image")
     captions = read_captions(args.coco, args.num)
     clip = None if args.clip is None else ClipScore(args.clip)
-    clip_tokens = None if clip is None else clip.tokens(captions)
+    prefix = conventions.clip_prefix
+    clip_tokens = None if clip is None else clip.tokens([prefix + text for text in captions])
     maker, pipeline = make_latents(args)
     tokens = encode(pipeline.tokenizer, captions)
     check_tokens(tokens, complete(pipeline.text_encoder.network)["vocab_size"])
     samples = CaptionedSamples(
-        maker, tokens, seed=args.seed, resize=args.resize, clip=clip, clip_tokens=clip_tokens
+        maker,
+        tokens,
+        seed=args.seed,
+        resize=args.resize,
+        clip=clip,
+        clip_tokens=clip_tokens,
+        bytes_rule=conventions.bytes,
     )
     origin = None if clip is None else clip.origin
     captions_sha256 = hashlib.sha256("\0".join(captions).encode()).hexdigest()
@@ -158,7 +176,9 @@ def captioned(args: argparse.Namespace) -> Subject:
         "batch_size": args.batch_size,
         "resize": args.resize,
         "captions_sha256": captions_sha256,
+        "bytes": conventions.bytes,
         "clip": None if origin is None else origin["sha256"],
+        "clip_prefix": None if origin is None else prefix,
     }
     results = {
         "captions": {"file": str(args.coco), "sha256": captions_sha256},
@@ -177,7 +197,7 @@ def captioned(args: argparse.Namespace) -> Subject:
         found: dict[str, Any] = {}
         if origin is not None:
             cosines = np.concatenate([part for (part,) in rows.read("cosine")])
-            found["clip"] = score(cosines) | {"origin": origin}
+            found["clip"] = score(cosines) | {"prefix": prefix, "origin": origin}
         if measure_latency is not None:
             samples.let_go()
             found["latency"] = measure_latency()

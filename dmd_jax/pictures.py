@@ -12,15 +12,25 @@ from PIL import Image
 from dmd_jax.errors import UserError
 from dmd_jax.files import write_whole
 
+# How images in [-1, 1] become bytes, before these are clipped to 0..255 and truncated: EDM's rule
+# (arXiv 2206.00364, as released) rounds to the nearest byte, DMD2's (2405.14867, as released) down.
+BYTE_RULES = {
+    "edm": lambda images: images * 127.5 + 128,
+    "dmd2": lambda images: (images + 1) * 127.5,
+}
 GUTTER = 2  # pixels between the images of a grid, whatever their scale
 GUTTER_GREY = 64
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Bytes of images in [-1, 1], by EDM's rule, which FID figures depend on.
+def to_uint8(images: np.ndarray, rule: str = "edm") -> np.ndarray:
+    """Bytes of images in [-1, 1], by a rule that FID figures depend on.
 
-    x * 127.5 + 128, clipped to 0..255, truncated (arXiv 2206.00364, as released). Floating point
-    in, uint8 of the same shape out.
+    x * 127.5 + 128, clipped to 0..255, truncated, is EDM's. Under DMD2's, floats that were made of
+    bytes may come back one lower: such images take EDM's. Floating point in, uint8 of the same
+    shape out.
+
+    Args:
+      rule: one of BYTE_RULES.
 
     Raises:
       UserError: the images are not floating point, or hold NaN.
@@ -33,7 +43,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     holes = np.count_nonzero(np.isnan(images))
     if holes:
         raise UserError(f"images: {holes} of {images.size} values are NaN, expected [-1, 1]")
-    return np.clip(images * 127.5 + 128, 0, 255).astype(np.uint8)
+    return np.clip(BYTE_RULES[rule](images), 0, 255).astype(np.uint8)
 
 
 def signed(images: np.ndarray) -> np.ndarray:

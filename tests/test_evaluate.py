@@ -273,7 +273,9 @@ def test_networks_see_grey_images_if_they_may(trained, lpips_file, tmp_path, cap
     ]
 
 
-def test_inception_brings_its_score(trained, tmp_path, monkeypatch):
+@pytest.fixture
+def channel_means(monkeypatch):
+    """In place of Inception: each channel's mean, whichever way the image was resized."""
     from dmd_jax.evaluation import features
 
     metadata = {"source": "a.pth", "source_sha256": "12", "recognised": "yes"}
@@ -283,12 +285,88 @@ def test_inception_brings_its_score(trained, tmp_path, monkeypatch):
         features, "pool3", lambda params, x, preprocessing: x.mean((1, 2)) @ params["w"]
     )
     monkeypatch.setattr(features, "class_logits", lambda params, x: x[:, :1] * [0.0, 0.1, 0.3])
-    inception = ("--features", "inception", "--inception", "file", "--repeat-grey")
+
+
+INCEPTION = ("--features", "inception", "--inception", "file", "--repeat-grey")
+
+
+def test_inception_brings_its_score(trained, channel_means, tmp_path):
     out = tmp_path / "results.json"
-    found = measured(trained, out, "--num", 100, *inception)["features"]["inception"]
+    found = measured(trained, out, "--num", 100, *INCEPTION)["features"]["inception"]
     score = found["inception_score"]
     assert 1 <= score["mean"] < 3 and 0 <= score["std"] < 1
     assert found["origin"]["preprocessing"] == "pytorch_fid"
+
+
+def test_a_protocol_is_resizing_bytes_and_labels_together(trained, channel_means, tmp_path, capsys):
+    """The distance of one-dimensional features by its closed form, of bytes by each rule."""
+    digits = open_images("digits")
+    real = np.stack([digits[index]["x0"] for index in range(1797)])
+    real = ((real + 1) * 127.5).round().mean(axis=(1, 2, 3), dtype=np.float64)
+    down = lambda x: np.clip((x + 1) * 127.5, 0, 255).astype(np.uint8)  # noqa: E731
+    nearest = lambda x: np.clip(x * 127.5 + 128, 0, 255).astype(np.uint8)  # noqa: E731
+    uniform, balanced = draw_labels(0, 0, 100, 10), np.arange(100) % 10
+    for protocol, preprocessing, to_bytes, labels, named in (
+        ((), "pytorch_fid", nearest, uniform, "pytorch-fid"),
+        (("--protocol", "edm"), "tensorflow", nearest, uniform, "edm"),
+        (("--protocol", "dmd2"), "tensorflow", down, balanced, "dmd2"),
+        (
+            ("--protocol", "dmd2", "--labels", "uniform"),
+            "tensorflow",
+            down,
+            uniform,
+            "dmd2 but for --labels 'uniform'",
+        ),
+    ):
+        out, samples = tmp_path / "r.json", tmp_path / f"{named}.npz"
+        features = INCEPTION if not protocol else INCEPTION[2:]  # a protocol's are Inception
+        results = measured(trained, out, "--num", 100, *features, *protocol, "--samples", samples)
+        assert f"(inception), protocol {named}, images made in float32, in" in (
+            capsys.readouterr().out
+        )
+        with np.load(samples) as held:
+            np.testing.assert_array_equal(held["labels"], labels)
+            ours = to_bytes(held["images"]).mean(axis=(1, 2, 3), dtype=np.float64)
+        # Of three equal channels: thrice the one-dimensional distance.
+        expected = 3 * (
+            (ours.mean() - real.mean()) ** 2 + (ours.std(ddof=1) - real.std(ddof=1)) ** 2
+        )
+        found = results["features"]["inception"]
+        np.testing.assert_allclose(found["frechet_distance"], expected, rtol=1e-4)
+        assert found["origin"]["preprocessing"] == preprocessing
+        said = results["protocol"]
+        assert said["preprocessing"] == preprocessing
+        assert said["labels"] == ("balanced" if labels is balanced else "uniform")
+        assert said["bytes"] == ("edm" if to_bytes is nearest else "dmd2")
+        assert said["name"] == named.split()[0]
+        assert said["overridden"] == (["labels"] if "but" in named else [])
+        assert results["dtype"] == "float32" and results["feature_dtype"] == "float32"
+
+
+def test_statistics_without_a_name_need_the_flag(trained, channel_means, tmp_path, capsys):
+    """As EDM publishes them: a wrong resizing would be a wrong figure without a word."""
+    path, out = tmp_path / "cifar10-32x32.npz", tmp_path / "r.json"
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    reference = ("--reference", path, "--num", 40)
+    line = fails(capsys, *evaluate(trained, out, *INCEPTION, *reference))
+    assert "expected --inception-preprocessing pytorch_fid|tensorflow|clean, or --protocol" in line
+    assert "cifar10-32x32.npz does not say which features" in line and not out.exists()
+    for flag in (("--protocol", "edm"), ("--inception-preprocessing", "tensorflow")):
+        results = measured(trained, out, *INCEPTION, *reference, *flag)
+        assert results["features"]["inception"]["origin"]["preprocessing"] == "tensorflow"
+
+
+def test_parts_are_of_one_protocol(trained, channel_means, tmp_path, monkeypatch, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "r.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "draw_latents", stop)
+        assert interrupts(*evaluate(trained, out, "--num", 40, *INCEPTION, "--protocol", "edm"))
+    line = fails(capsys, *evaluate(trained, out, "--num", 40, *INCEPTION, "--protocol", "dmd2"))
+    assert "bytes 'edm' there, 'dmd2' asked for" in line
+    assert "labels 'uniform' there, 'balanced' asked for" in line
 
 
 def test_bfloat16_makes_nearly_the_same_images(trained, tmp_path):
@@ -313,6 +391,10 @@ def test_bfloat16_makes_nearly_the_same_images(trained, tmp_path):
         (("--features", "fid"), 'features "fid": unknown'),
         (("--features", "inception"), "need --inception FILE"),
         (("--features", "vgg16"), "need --lpips FILE"),
+        (("--protocol", "edm"), "need --inception FILE"),
+        (("--protocol", "fid"), "--protocol"),
+        (("--inception-preprocessing", "clean"), "is given, but the features are pixels"),
+        (("--clip-prefix", "A photo of "), "--clip-prefix is given, but"),
         (("--dtype", "float16"), "--dtype"),
         (("--steps", 4), "--steps is given, but the sampler is one-step; expected none"),
         (("--reference", "no_such_folder"), "no_such_folder: no such file or folder"),
@@ -329,12 +411,17 @@ def test_references_that_do_not_fit_are_refused(trained, tmp_path, capsys):
     path, out = tmp_path / "r.npz", tmp_path / "results.json"
     np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
     line = fails(capsys, *evaluate(trained, out, "--reference", path))
+    assert "r.npz does not say which features its statistics are of; expected --features" in line
+    pixels = ("--features", "pixels")
+    line = fails(capsys, *evaluate(trained, out, "--reference", path, *pixels))
     assert "another dimension" in line and "expected (64,) and (64, 64) as pixels" in line
     np.savez(path, mu=np.zeros(64), sigma=np.eye(64))
-    line = fails(capsys, *evaluate(trained, out, "--reference", path, "--num-reference", 9))
+    num = ("--num-reference", 9)
+    line = fails(capsys, *evaluate(trained, out, "--reference", path, *pixels, *num))
     assert "holds no images to choose from" in line
     again = tmp_path / "again.npz"
-    line = fails(capsys, *evaluate(trained, out, "--reference", path, "--save-reference", again))
+    save = ("--save-reference", again)
+    line = fails(capsys, *evaluate(trained, out, "--reference", path, *pixels, *save))
     assert "--save-reference" in line and "expected images" in line
     np.savez(path, images=np.zeros((9, 8, 8, 3), np.uint8))
     line = fails(capsys, *evaluate(trained, out, "--reference", path))

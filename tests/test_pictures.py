@@ -19,6 +19,26 @@ def test_bytes_follow_edms_rule():
     assert to_uint8(values).dtype == np.uint8
 
 
+def test_rules_at_the_borders_of_bytes():
+    """Just below, at and above each border of either rule, against exact decimals."""
+    borders = np.concatenate([np.arange(-1, 257), np.arange(-1, 257) + 0.5])
+    places = np.concatenate([borders + offset for offset in (-0.01, 0.0, 0.01)])
+    images = (places / 127.5 - 1).astype(np.float32)
+    exact = images.astype(np.float64)
+    for rule, value in (("edm", exact * 127.5 + 128), ("dmd2", (exact + 1) * 127.5)):
+        found = to_uint8(images, rule)
+        expected = np.clip(np.trunc(value), 0, 255)
+        # A place on the border itself is float32's to decide: by float32's own arithmetic.
+        single = {"edm": images * np.float32(127.5) + 128, "dmd2": (images + 1) * np.float32(127.5)}
+        at_border = np.abs(value - np.round(value)) < 1e-4
+        np.testing.assert_array_equal(found[~at_border], expected[~at_border])
+        np.testing.assert_array_equal(found, np.clip(np.trunc(single[rule]), 0, 255))
+        assert 0.1 < at_border.mean() < 0.2
+    hand = np.array([-1.1, -1, -0.9999, 0, 0.9999, 1, 1.1])
+    np.testing.assert_array_equal(to_uint8(hand, "dmd2"), [0, 0, 0, 127, 254, 255, 255])
+    np.testing.assert_array_equal(to_uint8(hand, "edm"), [0, 0, 0, 128, 255, 255, 255])
+
+
 def test_every_byte_comes_back():
     values = np.arange(256, dtype=np.float32) / 127.5 - 1
     # The rule adds half a step before it truncates, which is what makes it survive rounding.

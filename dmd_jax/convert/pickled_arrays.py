@@ -39,14 +39,25 @@ class PickledArray:
             raise ValueError("an array of no shape")
         if any(type(n) is not int or not 0 <= n < 2**63 for n in shape):
             raise ValueError("an array of no shape")
+        if not isinstance(content, bytes | bytearray):
+            raise ValueError(f"an array made of a {type(content).__name__}")
         if len(content) != math.prod(shape) * dtype.dtype.itemsize:
             raise ValueError(f"an array of {math.prod(shape):,} elements in {len(content):,} bytes")
-        flat = np.frombuffer(content, dtype.dtype)
+        flat = np.frombuffer(memoryview(content).toreadonly(), dtype.dtype)
         self.array = flat.reshape(shape, order="F" if fortran else "C")
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> PickledArray:
     return PickledArray()
+
+
+def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> PickledArray:
+    """How pickle protocol 5 has an array."""
+    if order not in ("C", "F"):
+        raise ValueError("an array without an order")
+    array = PickledArray()
+    array.pickle_state((1, shape, dtype, order == "F", content))
+    return array
 
 
 def _scalar(dtype: PickledDtype, content: bytes) -> int | float | bool:
@@ -64,4 +75,5 @@ NUMPY = {
         for core in ("core", "_core")
         for name, stand_in in (("_reconstruct", _reconstruct), ("scalar", _scalar))
     },
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +13,12 @@ import jax
 import numpy as np
 
 from dmd_jax.errors import UserError
-from dmd_jax.evaluation.features import Features
+from dmd_jax.evaluation.features import Features, ToBytes
 from dmd_jax.evaluation.parts import Rows
 from dmd_jax.evaluation.reference import Reference
 from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
 from dmd_jax.metrics import Pace, Progress
+from dmd_jax.pictures import to_uint8
 
 REFERENCE_PART = 512
 
@@ -27,10 +29,12 @@ class Samples(Protocol):
     Attributes:
       sample_shape: (H, W, C) of one image as it is judged.
       kept: the inputs that are kept where images are.
+      to_bytes: of judged images, for features that see bytes.
     """
 
     sample_shape: tuple[int, ...]
     kept: tuple[str, ...]
+    to_bytes: ToBytes
 
     def warm_up(self) -> None:
         """Compiles what makes images, and prepares what scores them; before any is made."""
@@ -59,22 +63,33 @@ class Subject(NamedTuple):
 
 
 class LabelledSamples:
-    """Samples of a class-conditional or unconditional model; see Samples."""
+    """Samples of a class-conditional or unconditional model; see Samples.
+
+    Args:
+      labels: "uniform", each drawn; or "balanced", that of image i is i modulo the classes.
+      bytes_rule: of pictures.BYTE_RULES.
+    """
 
     kept = ("labels",)
 
-    def __init__(self, maker: ImageMaker, seed: int):
-        self._maker, self._seed = maker, seed
+    def __init__(
+        self, maker: ImageMaker, seed: int, *, labels: str = "uniform", bytes_rule: str = "edm"
+    ):
+        self._maker, self._seed, self._balanced = maker, seed, labels == "balanced"
         self.sample_shape = maker.sample_shape
+        self.to_bytes = functools.partial(to_uint8, rule=bytes_rule)
 
     def warm_up(self) -> None:
         self._maker(np.zeros((1, *self.sample_shape), np.float32), np.zeros(1, np.int32))
 
     def inputs(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        return {
-            "z": draw_latents(self._seed, start, stop, self.sample_shape),
-            "labels": draw_labels(self._seed, start, stop, self._maker.num_classes),
-        }
+        classes = self._maker.num_classes
+        if self._balanced:
+            labels = np.arange(start, stop, dtype=np.int32) % max(classes, 1)
+        else:
+            labels = draw_labels(self._seed, start, stop, classes)
+        z = draw_latents(self._seed, start, stop, self.sample_shape)
+        return {"z": z, "labels": labels}
 
     def images(self, inputs: dict[str, np.ndarray], start: int) -> Iterator[np.ndarray]:
         return self._maker.batches(inputs["z"], inputs["labels"], seed=self._seed, first=start)
@@ -148,7 +163,8 @@ def sample_rows(
         if not np.isfinite(images).all():
             raise UserError(f"{where} hold NaN or infinity, expected finite images")
         images = samples.judged(images)
-        arrays = _extract(features, images, where) | samples.scores(images, start)
+        arrays = _extract(features, images, where, samples.to_bytes)
+        arrays |= samples.scores(images, start)
         arrays["seconds"] = np.full(count, seconds)
         if keep_images:
             arrays |= {"images": images} | {name: inputs[name] for name in samples.kept}
@@ -158,8 +174,12 @@ def sample_rows(
     return rows
 
 
-def _extract(features: list[Features], images: np.ndarray, where: str) -> dict[str, np.ndarray]:
-    arrays = {f"features_{number}": one.extract(images) for number, one in enumerate(features)}
+def _extract(
+    features: list[Features], images: np.ndarray, where: str, to_bytes: ToBytes = to_uint8
+) -> dict[str, np.ndarray]:
+    arrays = {
+        f"features_{number}": one.extract(images, to_bytes) for number, one in enumerate(features)
+    }
     for one, array in zip(features, arrays.values()):
         if not np.isfinite(array).all():
             raise UserError(f'features "{one.name}" of {where} hold NaN or infinity')

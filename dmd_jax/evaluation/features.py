@@ -17,29 +17,36 @@ from dmd_jax.data.sources import bytes_to_float
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import file_sha256
 from dmd_jax.generation import pad_rows
-from dmd_jax.models.inception import class_logits, pool3
+from dmd_jax.models.inception import PREPROCESSINGS, SIDE, class_logits, pool3
 from dmd_jax.models.lpips import vgg16_features
+from dmd_jax.models.resizing import pil_bicubic
 from dmd_jax.pictures import to_uint8
 from dmd_jax.sharding import batch_sharding, make_mesh, place, replicated
 
 BATCH_PER_DEVICE = 64
 MAX_DIMENSIONS = 20_000  # a covariance in float64 then has 3.2 GB
+PREPROCESSING, RESOLUTION = "pytorch_fid", 224  # where none is asked for
+ToBytes = Callable[[np.ndarray], np.ndarray]  # images in [-1, 1] -> uint8 of their shape
 
 
 class Features(NamedTuple):
     """What turns images into vectors.
 
     `extract` raises a UserError if the images do not fit, or if the user's function returns
-    anything but N rows of numbers.
+    anything but N rows of numbers. Networks see the bytes that `to_bytes` makes of the images, by
+    EDM's rule where none is given: of images that were bytes, these bytes.
     """
 
     name: str
-    extract: Callable[[np.ndarray], np.ndarray]  # images [N, H, W, C] in [-1, 1] -> [N, D]
+    # images [N, H, W, C] in [-1, 1], to_bytes=to_uint8 -> [N, D]
+    extract: Callable[..., np.ndarray]
     logits: Callable[[np.ndarray], np.ndarray] | None  # features [N, D] -> [N, classes]
     # (H, W, C) -> D; a UserError if such images do not fit.
     dimensions: Callable[[tuple[int, ...]], int]
     # What the features depend on besides their name, such as the SHA-256 of a file; JSON-able.
     origin: dict[str, Any]
+    # The flag, with its choices, of something in `origin` that was assumed since nobody said it.
+    unsaid: str | None = None
 
 
 def feature_extractor(
@@ -47,8 +54,8 @@ def feature_extractor(
     *,
     inception: Path | None = None,
     lpips: Path | None = None,
-    preprocessing: str = "pytorch_fid",
-    resolution: int = 224,
+    preprocessing: str | None = None,
+    resolution: int | None = None,
     repeat_grey: bool = False,
 ) -> Features:
     """The features of a name.
@@ -59,8 +66,10 @@ def feature_extractor(
         imported. That function takes images, float32 [N, H, W, C] in [-1, 1], and returns
         features [N, D]; whatever weights it needs it loads itself, once.
       inception, lpips: the files of `dmd-jax convert`, for "inception" and "vgg16".
-      preprocessing: of "inception", as `models.inception.pool3` says.
-      resolution: what "vgg16" resizes images to, in pixels; 0 leaves them as they are.
+      preprocessing: of "inception", as `models.inception.preprocess` says; PREPROCESSING where it
+        is None.
+      resolution: what "vgg16" resizes images to, in pixels; 0 leaves them as they are, and None is
+        RESOLUTION.
       repeat_grey: show grey images to "inception" and "vgg16" as three equal channels.
 
     Returns:
@@ -96,28 +105,37 @@ def check_fit(features: Features, shape: tuple[int, ...]) -> None:
         )
 
 
-def _pixels(images: np.ndarray) -> np.ndarray:
+def _pixels(images: np.ndarray, to_bytes: ToBytes = to_uint8) -> np.ndarray:
     images = np.asarray(images, np.float32)
     return images.reshape(len(images), -1)
 
 
-def _inception(path: Path | None, preprocessing: str, repeat_grey: bool) -> Features:
+def _inception(path: Path | None, preprocessing: str | None, repeat_grey: bool) -> Features:
     if path is None:
         raise UserError(f'features "inception" need --inception FILE; {how_to_make(INCEPTION)}')
     params = load_auxiliary(path, INCEPTION)
+    unsaid = f"--inception-preprocessing {'|'.join(PREPROCESSINGS)}, or --protocol"
+    unsaid = unsaid if preprocessing is None else None
+    preprocessing = preprocessing or PREPROCESSING
     return _of_network(
         "inception",
         functools.partial(pool3, preprocessing=preprocessing),
         params,
-        lambda pixels: pixels.astype(np.float32),
+        _resized_by_pil if preprocessing == "clean" else lambda pixels: pixels.astype(np.float32),
         lambda features: np.asarray(class_logits(params, features)),
         _origin(path, INCEPTION) | {"preprocessing": preprocessing, "repeat_grey": repeat_grey},
-    )
+    )._replace(unsaid=unsaid)
 
 
-def _vgg16(path: Path | None, resolution: int, repeat_grey: bool) -> Features:
+def _resized_by_pil(pixels: np.ndarray) -> np.ndarray:
+    return pil_bicubic(pixels, (SIDE, SIDE))
+
+
+def _vgg16(path: Path | None, resolution: int | None, repeat_grey: bool) -> Features:
     if path is None:
         raise UserError(f'features "vgg16" need --lpips FILE; {how_to_make(LPIPS)}')
+    unsaid = "--vgg-resolution R" if resolution is None else None
+    resolution = RESOLUTION if resolution is None else resolution
     return _of_network(
         "vgg16",
         functools.partial(vgg16_features, resolution=resolution or None),
@@ -125,7 +143,7 @@ def _vgg16(path: Path | None, resolution: int, repeat_grey: bool) -> Features:
         bytes_to_float,
         None,
         _origin(path, LPIPS) | {"resolution": resolution, "repeat_grey": repeat_grey},
-    )
+    )._replace(unsaid=unsaid)
 
 
 def _origin(path: Path, kind: str) -> dict[str, Any]:
@@ -143,9 +161,9 @@ def _of_network(
 ) -> Features:
     """Features of a network that takes what `prepare` makes of uint8 [N, H, W, 3].
 
-    Images become bytes by EDM's rule first, as those behind published figures did.
+    Images become bytes first, as those behind published figures did.
     """
-    run = on_devices(network, params)
+    run = on_devices(network, params, prepare)
 
     def dimensions(shape: tuple[int, ...]) -> int:
         *sides, channels = shape
@@ -156,22 +174,28 @@ def _of_network(
             raise UserError(
                 f'features "{name}": images of shape {shape}, expected three channels{hint}'
             )
-        image = jax.ShapeDtypeStruct((1, *sides, channels), np.float32)
+        image = prepare(np.zeros((1, *sides, channels), np.uint8))
         return jax.eval_shape(network, params, image).shape[1]
 
-    def extract(images: np.ndarray) -> np.ndarray:
+    def extract(images: np.ndarray, to_bytes: ToBytes = to_uint8) -> np.ndarray:
         dimensions(images.shape[1:])
-        pixels = to_uint8(images)
+        pixels = to_bytes(images)
         repeats = 3 // pixels.shape[-1]
-        return run(prepare(np.repeat(pixels, repeats, axis=-1)))
+        return run(np.repeat(pixels, repeats, axis=-1))
 
     return Features(name, extract, logits, dimensions, origin)
 
 
 def on_devices(
-    function: Callable[[Any, jax.Array], jax.Array], params: Any
+    function: Callable[[Any, jax.Array], jax.Array],
+    params: Any,
+    prepare: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """images [N, …] -> rows [N, …], the batch split over this process's devices."""
+    """images [N, …] -> rows [N, …], the batch split over this process's devices.
+
+    Args:
+      function: (params, a batch of what `prepare` makes of images on the host) -> rows.
+    """
     devices = jax.local_devices()
     mesh = make_mesh(devices=devices)
     sharding = batch_sharding(mesh)
@@ -182,7 +206,7 @@ def on_devices(
     def run(images: np.ndarray) -> np.ndarray:
         parts = []
         for start in range(0, len(images), largest):
-            rows = images[start : start + largest]
+            rows = prepare(images[start : start + largest])
             # Powers of two, so that rests of all lengths share a few compiled programs.
             per_device = 1 << (-(-len(rows) // len(devices)) - 1).bit_length()
             batch = jax.device_put(pad_rows(rows, per_device * len(devices)), sharding)
@@ -217,8 +241,8 @@ def _users_own(name: str, module_name: str, function_name: str) -> Features:
     )
 
 
-def _checked(name: str, function: Callable) -> Callable[[np.ndarray], np.ndarray]:
-    def extract(images: np.ndarray) -> np.ndarray:
+def _checked(name: str, function: Callable) -> Callable[..., np.ndarray]:
+    def extract(images: np.ndarray, to_bytes: ToBytes = to_uint8) -> np.ndarray:
         images = np.asarray(images, np.float32)
         features = np.asarray(function(images))
         if features.ndim != 2 or len(features) != len(images) or features.dtype.kind in "OSUc":

@@ -12,6 +12,7 @@ import numpy as np
 from dmd_jax.data.images import open_images
 from dmd_jax.data.sources import ImageSource
 from dmd_jax.errors import UserError, first_line
+from dmd_jax.evaluation import edm2_statistics
 from dmd_jax.evaluation.features import Features
 from dmd_jax.evaluation.frechet import Statistics
 from dmd_jax.files import replacing
@@ -44,7 +45,9 @@ def open_reference(
 
     Args:
       source: what `open_images` takes, or an .npz of the arrays "mu" [D] and "sigma" [D, D], as
-        EDM publishes them for Inception's features and `save_reference` writes them.
+        EDM publishes them for Inception's features and `save_reference` writes them, with the
+        features' name; where that is missing, nothing of the features may be assumed (`unsaid`).
+        Or EDM2's .pkl: see edm2_statistics.
       sample_shape: (H, W, C) of the samples. features: what both sides are measured in.
       num: so many of the images, evenly spread over the set, which may be sorted by class.
 
@@ -78,7 +81,9 @@ def evenly(count: int, num: int) -> np.ndarray:
 
 
 def is_statistics(source: str) -> bool:
-    """Whether this is an .npz of statistics rather than of images."""
+    """Whether this is a file of statistics, an .npz or EDM2's .pkl, rather than of images."""
+    if source.endswith(".pkl"):
+        return True
     if not source.endswith(".npz"):
         return False
     try:
@@ -94,26 +99,19 @@ def load_statistics(
     """Reads "mu" and "sigma", and what `save_reference` adds to them.
 
     Raises:
-      UserError: the file cannot be read, or holds no mean and covariance of the features.
+      UserError: the file cannot be read, or holds no mean and covariance of the features, or does
+        not say of which features while something of these is assumed.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            known = ("mu", "sigma", "count", "features")
-            held = {key: file[key] for key in known if key in file}
-    except Exception as error:  # NumPy, zipfile and zlib each raise their own on damaged bytes
-        raise UserError(
-            f"{path}: cannot be read as an .npz of plain arrays ({first_line(error)})"
-        ) from error
+    if path.suffix == ".pkl":
+        held = edm2_statistics.read_statistics(path, features)
+    else:
+        held = _read_npz(path, features)
     mean, covariance = held["mu"], held["sigma"]
     for name in ("mu", "sigma"):
         if held[name].dtype.kind not in "fiu":
             raise UserError(f"{path}: {name} is {held[name].dtype}, expected floating point")
     for one in features:
         dimensions = one.dimensions(sample_shape)
-        if "features" in held and str(held["features"]) != _described(one):
-            raise UserError(
-                f"{path}: statistics of {held['features']!s}, expected of {_described(one)}"
-            )
         if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
             raise UserError(
                 f"{path}: reference statistics of another dimension: mu {mean.shape} and sigma "
@@ -130,6 +128,27 @@ def load_statistics(
     if asymmetry > SYMMETRY_TOLERANCE * largest or np.diagonal(statistics.covariance).min() < 0:
         raise UserError(f"{path}: sigma is not symmetric with variances on its diagonal")
     return statistics
+
+
+def _read_npz(path: Path, features: list[Features]) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            known = ("mu", "sigma", "count", "features")
+            held = {key: file[key] for key in known if key in file}
+    except Exception as error:  # NumPy, zipfile and zlib each raise their own on damaged bytes
+        raise UserError(
+            f"{path}: cannot be read as an .npz of plain arrays ({first_line(error)})"
+        ) from error
+    for one in features:
+        if "features" not in held and one.unsaid is not None:
+            raise UserError(
+                f"{path} does not say which features its statistics are of; expected {one.unsaid}"
+            )
+        if "features" in held and str(held["features"]) != _described(one):
+            raise UserError(
+                f"{path}: statistics of {held['features']!s}, expected of {_described(one)}"
+            )
+    return held
 
 
 def save_reference(path: Path, statistics: Statistics, features: Features) -> None:

@@ -83,10 +83,26 @@ _POOLS = {
     "max": lambda x: nn.max_pool(x, (3, 3), (1, 1), "SAME"),
     "max/2": lambda x: nn.max_pool(x, (3, 3), (2, 2), "VALID"),
 }
+
+
+def _resized_before(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+    if images.shape[1:3] != size:
+        raise UserError(
+            f"Inception preprocessing clean got images of shape {images.shape}; expected {size[0]}x"
+            f"{size[1]} pixels, as models.resizing.pil_bicubic makes them on the host"
+        )
+    return images
+
+
+def _from_128(bytes_: jax.Array) -> jax.Array:
+    return (bytes_ - 128) / 128
+
+
 # How bytes are resized, and then scaled.
 PREPROCESSINGS = {
     "pytorch_fid": (bilinear, lambda bytes_: 2 * (bytes_ / 255) - 1),
-    "tensorflow": (bilinear_from_the_corner, lambda bytes_: (bytes_ - 128) / 128),
+    "tensorflow": (bilinear_from_the_corner, _from_128),
+    "clean": (_resized_before, _from_128),
 }
 
 
@@ -122,14 +138,16 @@ def preprocess(images: jax.Array, preprocessing: str = "pytorch_fid") -> jax.Arr
     Args:
       images: [B, H, W, 3], the values of bytes, 0 to 255.
       preprocessing: "pytorch_fid": half-pixel centres, 2 b / 255 - 1. "tensorflow": as the
-        network's original graph does it, and EDM's metrics with it: rows at multiples of H / 299
-        from the corner, (b - 128) / 128.
+        network's original graph does it, and NVIDIA's detector, which EDM's statistics are of: rows
+        at multiples of H / 299 from the corner, (b - 128) / 128. "clean": clean-fid's; images are
+        299x299 already, by `resizing.pil_bicubic`, and scaled alike.
 
     Returns:
       float32 [B, 299, 299, 3].
 
     Raises:
-      UserError: images without three channels; an unknown preprocessing.
+      UserError: images without three channels, or not resized before "clean"; an unknown
+        preprocessing.
     """
     if preprocessing not in PREPROCESSINGS:
         raise UserError(
@@ -147,7 +165,7 @@ def preprocess(images: jax.Array, preprocessing: str = "pytorch_fid") -> jax.Arr
 def pool3(params: Any, images: jax.Array, *, preprocessing: str = "pytorch_fid") -> jax.Array:
     """The features that the Fréchet Inception distance is measured in.
 
-    Computed in full float32 on every device. Statistics of the two preprocessings do not compare.
+    Computed in full float32 on every device. Statistics of different preprocessings do not compare.
 
     Args:
       params: of the shapes of `inception_template`.

@@ -1,15 +1,17 @@
-"""Bilinear resizing without antialiasing, in the two conventions that networks were built with."""
+"""Resizing as networks were built with it: bilinear in two conventions, and PIL's bicubic."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 
 
 def bilinear(images: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Images [B, H, W, C] resized to (height, width), pixels' centres at half-integers.
 
-    This is PyTorch's interpolate(mode="bilinear", align_corners=False).
+    Nothing is antialiased. This is PyTorch's interpolate(mode="bilinear", align_corners=False).
     """
     shape = (images.shape[0], *size, images.shape[-1])
     return jax.image.resize(images, shape, "linear", antialias=False)
@@ -18,7 +20,8 @@ def bilinear(images: jax.Array, size: tuple[int, int]) -> jax.Array:
 def bilinear_from_the_corner(images: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Images [B, H, W, C] resized to (height, width), row i taken at i H / height of the input.
 
-    This is TensorFlow 1's resize_bilinear(align_corners=False). Beyond the last row lies itself.
+    This is TensorFlow 1's resize_bilinear(align_corners=False), without antialiasing. Beyond the
+    last row lies itself.
     """
     for axis, length in zip((1, 2), size):
         where = jnp.arange(length) * (images.shape[axis] / length)
@@ -29,3 +32,18 @@ def bilinear_from_the_corner(images: jax.Array, size: tuple[int, int]) -> jax.Ar
         weight = (where - low).reshape(shape)
         images = jnp.take(images, low, axis) * (1 - weight) + jnp.take(images, high, axis) * weight
     return images
+
+
+def pil_bicubic(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bytes [B, H, W, C] resized to (height, width) as clean-fid has it, float32 in 0 to 255.
+
+    PIL's bicubic, antialiased, on floats, so that nothing is rounded to bytes in between; what
+    overshoots is clipped (arXiv 2104.11222, as released).
+    """
+    height, width = size
+    resized = np.empty((len(images), height, width, images.shape[-1]), np.float32)
+    for image, target in zip(images.astype(np.float32), resized):
+        for channel in range(images.shape[-1]):
+            picture = Image.fromarray(np.ascontiguousarray(image[..., channel]))  # of mode F
+            target[..., channel] = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.clip(0, 255)

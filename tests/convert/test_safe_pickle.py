@@ -40,7 +40,7 @@ def test_frozen_sets_shared_objects_and_arrays_of_bytes():
     assert found == value and found[1] is found[2]
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_arrays_and_numbers_of_numpy(protocol):
     arrays = [
         np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -60,6 +60,7 @@ def test_arrays_and_numbers_of_numpy(protocol):
     for ours, theirs in zip(found["arrays"], arrays, strict=True):
         assert isinstance(ours, PickledArray) and ours.array.dtype == theirs.dtype
         np.testing.assert_array_equal(ours.array, theirs)
+        assert not ours.array.flags.writeable
     assert found["scalar"] == 0.7 and type(found["scalar"]) is float
 
 
@@ -234,8 +235,8 @@ def test_cut_short_anywhere():
 def test_random_damage_is_never_another_exception():
     rng = np.random.default_rng(0)
     value = PLAIN | {"array": np.arange(9.0), "set": {"a"}, "scalar": np.float64(2.0)}
-    content = np.frombuffer(pickle.dumps(value, 3), np.uint8)
-    for _ in range(300):
+    for protocol in [3, 5] * 150:
+        content = np.frombuffer(pickle.dumps(value, protocol), np.uint8)
         damaged = content.copy()
         damaged[rng.integers(len(content), size=3)] = rng.integers(256, size=3)
         try:

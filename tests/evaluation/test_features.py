@@ -1,5 +1,7 @@
 """Raw pixels, networks that see bytes, and feature functions of the user's own."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from dmd_jax.auxiliary import INCEPTION
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation import features as module
 from dmd_jax.evaluation.features import feature_extractor
+from dmd_jax.models.resizing import pil_bicubic
 
 IMAGES = np.arange(2 * 2 * 3 * 1, dtype=np.float32).reshape(2, 2, 3, 1)
 
@@ -97,6 +100,39 @@ def test_options_reach_the_network_and_the_origin(channel_sums):
         "preprocessing": "tensorflow",
         "repeat_grey": False,
     }
+
+
+def test_bytes_are_those_of_the_rule_that_is_given(channel_sums):
+    features = feature_extractor("inception", inception="file")
+    images = np.linspace(-1, 1, 1001, dtype=np.float32).repeat(3).reshape(-1, 1, 1, 3)
+    down = np.trunc((images + 1) * np.float32(127.5))
+    found = features.extract(images, functools.partial(module.to_uint8, rule="dmd2"))
+    np.testing.assert_array_equal(found, 2 * down[:, 0, 0])
+    assert (found != features.extract(images)).mean() > 0.4
+
+
+def test_clean_images_are_resized_by_pillow_before_the_network(monkeypatch, channel_sums):
+    def pool3(params, images, *, preprocessing):
+        assert preprocessing == "clean" and images.shape[1:] == (299, 299, 3)
+        return images[:, ::37, ::41].reshape(len(images), -1)
+
+    monkeypatch.setattr(module, "pool3", pool3)
+    features = feature_extractor("inception", inception="file", preprocessing="clean")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    found = features.extract(module.bytes_to_float(pixels))
+    assert features.dimensions((16, 16, 3)) == found.shape[1]
+    expected = pil_bicubic(pixels, (299, 299))[:, ::37, ::41].reshape(3, -1)
+    np.testing.assert_array_equal(found, expected)
+    assert features.origin["preprocessing"] == "clean" and features.unsaid is None
+
+
+def test_what_nobody_said_is_named_with_its_choices(channel_sums, lpips_file):
+    choices = "--inception-preprocessing pytorch_fid|tensorflow|clean, or --protocol"
+    assert feature_extractor("inception", inception="file").unsaid == choices
+    assert feature_extractor("vgg16", lpips=lpips_file).unsaid == "--vgg-resolution R"
+    said = feature_extractor("inception", inception="file", preprocessing="pytorch_fid")
+    assert said.unsaid is feature_extractor("vgg16", lpips=lpips_file, resolution=0).unsaid is None
+    assert feature_extractor("pixels").unsaid is None
 
 
 def test_grey_images_are_repeated_only_if_asked(channel_sums):

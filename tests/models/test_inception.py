@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from inception_weights import drawn_state_dict
+from PIL import Image
 
 from dmd_jax.convert.inception import params_from_state_dict
 from dmd_jax.errors import UserError
 from dmd_jax.models.inception import class_logits, inception_template, pool3, preprocess
-from dmd_jax.models.resizing import bilinear, bilinear_from_the_corner
+from dmd_jax.models.resizing import bilinear, bilinear_from_the_corner, pil_bicubic
 
 TOLERANCE = 1e-4  # of the largest magnitude
 
@@ -84,12 +85,75 @@ def test_preprocessings():
         np.testing.assert_allclose(ours[0], expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (17, 40), (512, 512), (299, 299)])
+def test_tensorflow_resizing_is_that_of_nvidias_detector(size):
+    """NVIDIA's detector samples a grid that is moved by half a pixel of both sizes; torch is asked
+    for the images at that grid, which it knows nothing of TensorFlow for."""
+    import torch
+
+    images = np.random.default_rng(0).integers(0, 256, (2, *size, 3)).astype(np.float32)
+    theta = torch.eye(2, 3, dtype=torch.float64)
+    for axis, length in enumerate(size[::-1]):
+        theta[axis, 2] = 1 / length - 1 / 299
+    grid = torch.nn.functional.affine_grid(theta.repeat(2, 1, 1), [2, 3, 299, 299], False)
+    nchw = torch.from_numpy(images.transpose(0, 3, 1, 2)).double()
+    expected = torch.nn.functional.grid_sample(
+        nchw, grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    expected = (expected.numpy().transpose(0, 2, 3, 1) - 128) / 128
+    # Float32 places a row to 1e-7 of the side; neighbours differ by up to two.
+    atol = 1e-6 * max(size)
+    np.testing.assert_allclose(preprocess(images, "tensorflow"), expected, rtol=0, atol=atol)
+
+
+def test_clean_resizing_is_pillows_of_each_channel_in_floats():
+    images = np.random.default_rng(0).integers(0, 2, (2, 32, 20, 3), np.uint8) * 255
+    ours = pil_bicubic(images, (299, 150))
+    assert ours.shape == (2, 299, 150, 3) and ours.dtype == np.float32
+    overshoot = 0
+    for image, found in zip(images, ours):
+        for channel in range(3):
+            picture = Image.frombytes("F", (20, 32), image[..., channel].astype("<f4").tobytes())
+            resized = np.asarray(picture.resize((150, 299), resample=Image.Resampling.BICUBIC))
+            overshoot = max(overshoot, resized.max() - 255)
+            np.testing.assert_array_equal(found[..., channel], resized.clip(0, 255))
+    assert overshoot > 5  # so that clipping is seen
+    assert np.ptp(ours - np.round(ours)) > 0.9  # nothing is rounded to bytes
+
+
+def bicubic_weights(length, target):
+    """[target, length]: the cubic convolution of a = -1/2, widened where it shrinks."""
+    scale = max(length / target, 1)
+    at = (np.arange(target) + 0.5) * length / target
+    x = np.abs((np.arange(length) + 0.5 - at[:, None]) / scale)
+    inner, outer = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x < 1, inner, np.where(x < 2, outer, 0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("size", [(40, 24), (24, 30), (40, 512)])
+def test_clean_resizing_is_the_antialiased_cubic(size):
+    images = np.random.default_rng(1).integers(0, 256, (1, *size, 3), np.uint8)
+    rows, columns = bicubic_weights(size[0], 31), bicubic_weights(size[1], 99)
+    expected = np.einsum("ij,bjkc,lk->bilc", rows, images.astype(np.float64), columns)
+    found = pil_bicubic(images, (31, 99))
+    np.testing.assert_allclose(found, expected.clip(0, 255), rtol=0, atol=1e-3)
+
+
+def test_clean_features_see_the_resized_image_alone():
+    images = np.random.default_rng(0).uniform(0, 255, (1, 299, 299, 3)).astype(np.float32)
+    found = preprocess(images, "clean")
+    np.testing.assert_array_equal(found, (images - 128) / 128)
+
+
 @pytest.mark.parametrize(
     "shape, options, message",
     [
+        ((2, 32, 32, 3), {"preprocessing": "clean"}, r"shape \(2, 32, 32, 3\); expected 299x299"),
         ((2, 32, 32, 1), {}, r"shape \(2, 32, 32, 1\); expected \[B, H, W, 3\], three channels"),
         ((32, 32, 3), {}, "three channels"),
-        ((2, 32, 32, 3), {"preprocessing": "clean"}, "expected one of pytorch_fid, tensorflow"),
+        ((2, 32, 32, 3), {"preprocessing": "bicubic"}, "of pytorch_fid, tensorflow, clean"),
     ],
 )
 def test_bad_input_is_refused(shape, options, message):
