@@ -12,6 +12,7 @@ from dmd_jax.convert.pickled_arrays import NUMPY, PickledArray
 from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.evaluation.features import Features
+from dmd_jax.stand_ins import check_real_file
 
 METRIC = "fid"  # of those in the file, the one whose features there are here
 PREPROCESSING = "tensorflow"  # of METRIC's detector, NVIDIA's
@@ -31,6 +32,7 @@ def read_statistics(path: Path, features: list[Features]) -> dict[str, Any]:
       UserError: the file cannot be read or has another form; or `features` are not those of
         NVIDIA's detector.
     """
+    check_real_file(path, "EDM2's statistics")
     try:
         with path.open("rb") as file:
             content = safe_pickle.load(file, allowed=NUMPY, where=str(path))

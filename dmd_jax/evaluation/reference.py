@@ -15,7 +15,8 @@ from dmd_jax.errors import UserError, first_line
 from dmd_jax.evaluation import edm2_statistics
 from dmd_jax.evaluation.features import Features
 from dmd_jax.evaluation.frechet import Statistics
-from dmd_jax.files import replacing
+from dmd_jax.files import in_bucket, path_of, replacing
+from dmd_jax.local_copies import local_copy
 
 FINGERPRINTED = 1024  # images
 # Asymmetry of a covariance, against its largest value, that rounding can explain.
@@ -54,10 +55,11 @@ def open_reference(
     Raises:
       UserError: it cannot be read, or its shape or dimension is another than the samples'.
     """
-    if is_statistics(source):
+    path = statistics_file(source)
+    if path is not None:
         if num is not None:
             raise UserError(f"--num-reference {num}: {source} holds no images to choose from")
-        statistics = load_statistics(Path(source), sample_shape, features)
+        statistics = load_statistics(path, sample_shape, features)
         digest = _sha256([statistics.mean, statistics.covariance])
         return Reference(None, range(0), statistics, {"sha256": digest})
     images = open_images(source, resolution=sample_shape[0])
@@ -80,17 +82,20 @@ def evenly(count: int, num: int) -> np.ndarray:
     return np.arange(num) * count // num
 
 
-def is_statistics(source: str) -> bool:
-    """Whether this is a file of statistics, an .npz or EDM2's .pkl, rather than of images."""
+def statistics_file(source: str) -> Path | None:
+    """The file on this host, if it is one of statistics, an .npz or EDM2's .pkl, and no images."""
+    if not source.endswith((".npz", ".pkl")):
+        return None
+    path = path_of(source)
+    if in_bucket(path):
+        path = local_copy(path)
     if source.endswith(".pkl"):
-        return True
-    if not source.endswith(".npz"):
-        return False
+        return path
     try:
-        with zipfile.ZipFile(source) as file:
-            return {"mu.npy", "sigma.npy"} <= set(file.namelist())
+        with zipfile.ZipFile(path) as file:
+            return path if {"mu.npy", "sigma.npy"} <= set(file.namelist()) else None
     except Exception:  # zipfile raises many kinds on damaged bytes, which `open_images` reports
-        return False
+        return None
 
 
 def load_statistics(

@@ -100,11 +100,25 @@ def test_a_pickle_that_calls_is_refused_and_calls_nothing(tmp_path, protocol):
 def test_files_that_are_no_pickles_are_refused(tmp_path):
     path = tmp_path / "r.pkl"
     whole = pickle.dumps({"fid": moments(4)}, 4)
-    for content in (b"", b"version https://git-lfs.github.com/spec/v1\n", whole[:-20]):
+    for content, message in (
+        (b"", "is empty; expected EDM2's statistics"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (whole[:-20], "not a whole pickle"),
+        (b"PK\x03\x04" + whole, "not a whole pickle"),
+    ):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"r\.pkl: not a whole pickle|r\.pkl: the pickle uses"):
+        with pytest.raises(UserError, match=rf"r\.pkl: {message}"):
             opened(str(path))
     (tmp_path / "folder.pkl").mkdir()
-    for name in ("folder.pkl", "missing.pkl"):
-        with pytest.raises(UserError, match=f"{name} cannot be read"):
-            opened(str(tmp_path / name))
+    for name, message in (("folder", "is a folder"), ("missing", "no such file")):
+        with pytest.raises(UserError, match=rf"{name}\.pkl: {message}"):
+            opened(str(tmp_path / f"{name}.pkl"))
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    """Of both kinds of statistics: ~ stays as it is after an = in a shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "r.pkl", {"fid": moments(4)})
+    np.savez(tmp_path / "r.npz", **moments(4))
+    for name in ("r.pkl", "r.npz"):
+        assert opened(f"~/{name}").statistics.mean.size == 4
