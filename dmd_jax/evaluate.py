@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from dmd_jax.evaluate_text import CAPTION_OPTIONS, add_caption_arguments, captio
 from dmd_jax.evaluation.coco import NUM_CAPTIONS
 from dmd_jax.evaluation.collect import LabelledSamples, Subject, reference_rows, sample_rows
 from dmd_jax.evaluation.features import RESOLUTION, Features, check_fit, feature_extractor
+from dmd_jax.evaluation.kernel_distance import SUBSET_SIZE, SUBSETS
 from dmd_jax.evaluation.measures import measure
 from dmd_jax.evaluation.parts import Rows, claim, release
 from dmd_jax.evaluation.protocols import Conventions, add_protocol_arguments, protocol_of
@@ -93,6 +94,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images of each side, at most, for precision and recall; 0 leaves them out "
         "(default: 10000)",
+    )
+    parser.add_argument(
+        "--kid",
+        type=int,
+        metavar="N",
+        help=f"subsets of {SUBSET_SIZE:,} of each side for the kernel distance, which is the KID "
+        f"in inception's features; 0 leaves it out (default: {SUBSETS})",
     )
     parser.add_argument("--out", type=local_path, required=True, metavar="FILE.json")
     parser.add_argument(
@@ -168,8 +176,8 @@ def _run(args: argparse.Namespace) -> None:
     subject = _subject(args, protocol.conventions)
     samples = subject.samples
     features, reference = open_judges(args, samples.sample_shape)
-    if reference.images is None and args.save_reference is not None:
-        raise UserError(f"--save-reference: {args.reference} is of statistics, expected images")
+    if reference.images is None:
+        _check_without_images(args)
     num_steps = 1 if args.sampler == "one-step" else args.steps
     claim(
         folder,
@@ -197,7 +205,12 @@ def _run(args: argparse.Namespace) -> None:
     multihost_utils.sync_global_devices(f"evaluate: parts of {args.out}")
     if jax.process_index() == 0:
         figures, real_statistics = measure(
-            features, rows, real, reference.statistics, args.precision_recall
+            features,
+            rows,
+            real,
+            reference.statistics,
+            args.precision_recall,
+            SUBSETS if args.kid is None else args.kid,
         )
         seconds = float(np.mean(np.concatenate([part for (part,) in rows.read("seconds")])))
         results = {
@@ -222,16 +235,25 @@ def _run(args: argparse.Namespace) -> None:
             save_reference(args.save_reference, real_statistics[0], features[0])
         _write(args, results, rows, samples.kept)
         release(folder, rows, *([real] if real else []))
-        shown = ", ".join(f"{figures[name]['frechet_distance']:.4f} ({name})" for name in names)
-        if "clip" in results:
-            shown += f", CLIP score {results['clip']['clip_score']:.2f}"
-        if "latency" in results:
-            shown += f", {results['latency']['seconds']['p50']:.3g} s an image"
-        print(
-            f"evaluate: Fréchet distance {shown}, protocol {protocol}, images made in "
-            f"{args.dtype}, in {args.out}"
-        )
+        print(f"evaluate: {_summary(results)}, protocol {protocol}, in {args.out}")
     multihost_utils.sync_global_devices(f"evaluate: {args.out} written")
+
+
+def _summary(results: dict[str, Any]) -> str:
+    """The figures in a line."""
+
+    def of_features(key: str, shown: Callable[[Any], str]) -> str:
+        found = {name: one[key] for name, one in results["features"].items() if key in one}
+        return ", ".join(f"{shown(value)} ({name})" for name, value in found.items())
+
+    parts = [f"Fréchet distance {of_features('frechet_distance', '{:.4f}'.format)}"]
+    if kernel := of_features("kernel_distance", lambda found: f"{found['mean']:.4g}"):
+        parts.append(f"kernel distance {kernel}")
+    if "clip" in results:
+        parts.append(f"CLIP score {results['clip']['clip_score']:.2f}")
+    if "latency" in results:
+        parts.append(f"{results['latency']['seconds']['p50']:.3g} s an image")
+    return ", ".join([*parts, f"images made in {results['dtype']}"])
 
 
 def _subject(args: argparse.Namespace, conventions: Conventions) -> Subject:
@@ -267,6 +289,8 @@ def _check_arguments(args: argparse.Namespace, names: list[str]) -> None:
         raise UserError(f"--num {args.num}; expected at least 2 samples")
     if args.precision_recall < 0:
         raise UserError(f"--precision-recall {args.precision_recall}; expected 0 or more images")
+    if args.kid is not None and args.kid < 0:
+        raise UserError(f"--kid {args.kid}; expected 0 or more subsets")
     for name, suffix in (("out", ".json"), ("samples", ".npz"), ("save_reference", ".npz")):
         path = getattr(args, name)
         if path is not None and path.suffix != suffix:
@@ -274,6 +298,23 @@ def _check_arguments(args: argparse.Namespace, names: list[str]) -> None:
             raise UserError(f"--{flag} {path}: expected a name that ends in {suffix}")
     if args.save_reference is not None and len(names) > 1:
         raise UserError(f"--save-reference takes one of the features {', '.join(names)}")
+
+
+def _check_without_images(args: argparse.Namespace) -> None:
+    """Refuses what needs real images, and says what is left out."""
+    if args.save_reference is not None:
+        raise UserError(f"--save-reference: {args.reference} is of statistics, expected images")
+    if args.kid:
+        raise UserError(
+            f"--kid {args.kid}: {args.reference} is of statistics; expected images, as the kernel "
+            "distance compares features one by one"
+        )
+    if jax.process_index() == 0:
+        print(
+            f"evaluate: {args.reference} is of statistics: no kernel distance (KID), precision and "
+            "recall, which need images",
+            file=sys.stderr,
+        )
 
 
 def _check_outputs(args: argparse.Namespace, folder: Path) -> None:

@@ -15,6 +15,7 @@ from dmd_jax.cli import main
 from dmd_jax.data.images import open_images
 from dmd_jax.evaluation import collect
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance
+from dmd_jax.evaluation.kernel_distance import kernel_distance
 from dmd_jax.evaluation.precision_recall import precision_recall
 from dmd_jax.generation import draw_labels, draw_latents
 from dmd_jax.models import build_denoiser, complete
@@ -66,7 +67,18 @@ def test_figures_are_those_of_the_samples_and_the_reals(trained, plug, tmp_path)
     results = measured(
         trained,
         tmp_path / "results.json",
-        *("--num", 300, "--seed", 5, "--features", "pixels", "--features", "my_features:halves"),
+        *(
+            "--num",
+            300,
+            "--seed",
+            5,
+            "--kid",
+            20,
+            "--features",
+            "pixels",
+            "--features",
+            "my_features:halves",
+        ),
         *("--samples", tmp_path / "samples.npz"),
     )
     z, labels = draw_latents(5, 0, 300, (8, 8, 1)), draw_labels(5, 0, 300, 10)
@@ -94,6 +106,9 @@ def test_figures_are_those_of_the_samples_and_the_reals(trained, plug, tmp_path)
         )
         shares = precision_recall(theirs, ours)
         np.testing.assert_allclose((found["precision"], found["recall"]), shares, atol=1e-12)
+        kid = kernel_distance(theirs.astype(np.float64), ours, subsets=20)
+        assert found["kernel_distance"] == pytest.approx(kid, rel=1e-6)
+        assert kid["subset_size"] == 300
         assert found["feature_dimensions"] == ours.shape[1]
     assert results["num_samples"] == 300 and results["num_reference"] == 1797
     assert results["num_steps"] == 1 and results["sampler"] == "one-step"
@@ -244,16 +259,23 @@ def test_two_processes_of_other_settings_are_both_refused(trained, tmp_path):
         assert "seed is '1' and '0' in process 0" in output and "Traceback" not in output
 
 
-def test_saved_statistics_serve_as_reference(trained, tmp_path):
+def test_saved_statistics_serve_as_reference(trained, tmp_path, capsys):
     path = tmp_path / "digits.npz"
     images = measured(
         trained, tmp_path / "a.json", "--num", 100, "--save-reference", path, "--num-reference", 900
     )
+    assert "kernel distance" in capsys.readouterr().out
     saved = measured(trained, tmp_path / "b.json", "--num", 100, "--reference", path)
+    shown = capsys.readouterr()
+    left_out = f"{path} is of statistics: no kernel distance (KID), precision and recall, which"
+    assert left_out in shown.err and "kernel distance" not in shown.out
     assert saved["num_reference"] == images["num_reference"] == 900
     found, expected = (results["features"]["pixels"] for results in (saved, images))
     assert found["frechet_distance"] == expected["frechet_distance"]
-    assert "precision" in expected and "precision" not in found and "recall" not in found
+    kinds = {"precision", "recall", "kernel_distance"}
+    assert kinds <= expected.keys() and not kinds & found.keys()
+    line = fails(capsys, *evaluate(trained, tmp_path / "c.json", "--reference", path, "--kid", 5))
+    assert f"--kid 5: {path} is of statistics; expected images" in line
 
 
 def test_networks_see_grey_images_if_they_may(trained, lpips_file, tmp_path, capsys):
@@ -321,9 +343,8 @@ def test_a_protocol_is_resizing_bytes_and_labels_together(trained, channel_means
         out, samples = tmp_path / "r.json", tmp_path / f"{named}.npz"
         features = INCEPTION if not protocol else INCEPTION[2:]  # a protocol's are Inception
         results = measured(trained, out, "--num", 100, *features, *protocol, "--samples", samples)
-        assert f"(inception), protocol {named}, images made in float32, in" in (
-            capsys.readouterr().out
-        )
+        line = f"(inception), images made in float32, protocol {named}, in"
+        assert line in capsys.readouterr().out
         with np.load(samples) as held:
             np.testing.assert_array_equal(held["labels"], labels)
             ours = to_bytes(held["images"]).mean(axis=(1, 2, 3), dtype=np.float64)
@@ -391,6 +412,7 @@ def test_bfloat16_makes_nearly_the_same_images(trained, tmp_path):
         (("--features", "fid"), 'features "fid": unknown'),
         (("--features", "inception"), "need --inception FILE"),
         (("--features", "vgg16"), "need --lpips FILE"),
+        (("--kid", -1), "--kid -1; expected 0 or more subsets"),
         (("--protocol", "edm"), "need --inception FILE"),
         (("--protocol", "fid"), "--protocol"),
         (("--inception-preprocessing", "clean"), "is given, but the features are pixels"),

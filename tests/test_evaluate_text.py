@@ -199,7 +199,7 @@ def test_latency_is_of_one_image_on_one_device(made, tmp_path, monkeypatch, caps
     assert (found["count"], found["warm_up"]) == (5, 3)
     seconds = found["seconds"]
     assert 0 < seconds["p50"] <= seconds["p90"] <= seconds["p99"]
-    assert "s an image, protocol pytorch-fid, images made in float32" in capsys.readouterr().out
+    assert "s an image, images made in float32, protocol pytorch-fid, in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,14 @@ import numpy as np
 from dmd_jax.evaluation.features import Features
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance, gather
 from dmd_jax.evaluation.inception_score import inception_score
+from dmd_jax.evaluation.kernel_distance import kernel_distance
 from dmd_jax.evaluation.parts import Rows
 from dmd_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from dmd_jax.evaluation.reference import evenly
 
 JOINED = 4096  # rows in memory at a time
+# What the kernel distance draws its subsets from, of each side at most: rows, and numbers (800 MB).
+POOL_ROWS, POOL_NUMBERS = 50_000, 100_000_000
 
 
 def measure(
@@ -23,6 +26,7 @@ def measure(
     real: Rows | None,
     reference: Statistics | None,
     num_neighbours: int,
+    kid_subsets: int,
 ) -> tuple[dict[str, dict[str, Any]], list[Statistics]]:
     """All figures of all features.
 
@@ -30,11 +34,13 @@ def measure(
       samples: their features, as arrays "features_0" and so on.
       real: the same of the real images; None where only their statistics are known, `reference`.
       num_neighbours: images of each side for precision and recall, at most.
+      kid_subsets: of the kernel distance; 0 leaves it out.
 
     Returns:
       By name: "frechet_distance", "feature_dimensions", "origin", what they depend on;
-      "inception_score" where the features have logits; "precision" and "recall" where there are
-      enough real images. And the reference's statistics, in the features' order.
+      "inception_score" where the features have logits; "kernel_distance" where there are two real
+      images, "precision" and "recall" where there are enough. And the reference's statistics, in
+      the features' order.
 
     Warns where a covariance has too few samples.
     """
@@ -52,6 +58,11 @@ def measure(
         if real and min(num_neighbours, real.count, samples.count) > NEIGHBOURS:
             found["precision"], found["recall"] = precision_recall(
                 _evenly(real, key, num_neighbours), _evenly(samples, key, num_neighbours)
+            )
+        if real and kid_subsets and real.count > 1:
+            pool = min(POOL_ROWS, POOL_NUMBERS // ours.mean.size)
+            found["kernel_distance"] = kernel_distance(
+                _evenly(real, key, pool), _evenly(samples, key, pool), subsets=kid_subsets
             )
         found["feature_dimensions"] = ours.mean.size
         if one.origin:
