@@ -81,17 +81,18 @@ def state_dict() -> dict[str, np.ndarray]:
     return arrays
 
 
-def save_clip(folder: Path):
+def save_clip(folder: Path, text=TEXT, vision=VISION, width=WIDTH):
     """Has transformers write the folder. Returns its CLIPModel."""
     import transformers
     from torch_weights import draw_parameters
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    text = TEXT | {"bos_token_id": VOCAB_SIZE - 2}
-    config = transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=WIDTH)
+    text = text | {"bos_token_id": VOCAB_SIZE - 2}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
     model = draw_parameters(transformers.CLIPModel(config))
     model.save_pretrained(folder)
     write_tokenizer(folder)
-    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 14, "width": 14}}
+    side = vision["image_size"]
+    sizes = {"size": {"shortest_edge": side + 2}, "crop_size": {"height": side, "width": side}}
     CLIPImageProcessorPil(**sizes).save_pretrained(folder)
     return model

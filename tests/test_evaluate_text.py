@@ -130,6 +130,30 @@ def test_samplers_and_guidance_reach_the_images(made, tmp_path):
     assert "clip" not in results
 
 
+def test_the_protocol_of_coco_is_bytes_and_a_prefix(made, tmp_path):
+    texts = [f"{image} dogs, 0" for image in range(0, 40, 5)]
+    judged(made, tmp_path, texts)
+    pixels = np.clip((np.load(tmp_path / "images.npy") + 1) * 127.5, 0, 255).astype(np.uint8)
+    small = [Image.fromarray(p).resize((RESIZE, RESIZE), Image.Resampling.LANCZOS) for p in pixels]
+    more = ("--clip", made / "clip", "--seed", 3, "--protocol", "clean-fid")
+    samples = ("--samples", tmp_path / "samples.npz")
+    results = measured(made, tmp_path / "results.json", *more, *samples, num=8)
+    with np.load(tmp_path / "samples.npz") as held:
+        np.testing.assert_array_equal(np.round((held["images"] + 1) * 127.5), small)
+    clip = ClipScore(made / "clip")
+    prefixed = clip.features_of_texts(clip.tokens([f"A photo depicts {text}" for text in texts]))
+    expected = score(clip.cosines(np.stack(small), prefixed))
+    np.testing.assert_allclose(results["clip"]["cosine"], expected["cosine"], atol=1e-5)
+    plain = clip.cosines(np.stack(small), clip.features_of_texts(clip.tokens(texts)))
+    assert abs(score(plain)["cosine"] - expected["cosine"]) > 1e-3
+    assert results["clip"]["prefix"] == "A photo depicts "
+    assert results["protocol"]["name"] == "clean-fid"
+    overridden = ("--clip-prefix", "", "--bytes", "edm")
+    results = measured(made, tmp_path / "other.json", *more, *overridden, num=8)
+    assert results["protocol"]["overridden"] == ["bytes", "clip_prefix"]
+    assert results["clip"]["prefix"] == ""
+
+
 def test_an_interrupted_evaluation_goes_on_to_the_same_figures(
     made, whole, tmp_path, monkeypatch, capsys
 ):
@@ -154,6 +178,10 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_figures(
         (("--coco", tmp_path / "other.txt"), "captions_sha256"),
     ):
         assert message in fails(capsys, *evaluate(made, out, *more, *other))
+    prefix = ("--clip-prefix", "A photo of ")
+    assert "clip_prefix '' there, 'A photo of ' asked for" in (
+        fails(capsys, *evaluate(made, out, *more, *prefix))
+    )
     assert "(clip '" in fails(capsys, *evaluate(made, out, "--seed", 3))
     found = measured(made, out, *more)
     assert found["features"] == whole[0]["features"] and found["clip"] == whole[0]["clip"]
@@ -215,6 +243,8 @@ def test_latency_is_of_one_image_on_one_device(made, tmp_path, monkeypatch, caps
         (("--guidance", -1, "--sampler", "ddim"), "guidance"),
         (("--steps", 4), "--steps is given, but the sampler is one-step; expected none"),
         (("--reference", "coco32"), f"images of 32x32, expected resolution {RESIZE}"),
+        (("--labels", "balanced"), "--labels is given, but"),
+        (("--clip-prefix", "A "), "--clip-prefix is given, but there is no --clip"),
         (("--guidance", 2), "guidance 2 with the sampler one-step; expected 1"),
         (("--sampler", "heun"), "unknown sampler 'heun' of text"),
         (("--s-churn", 1), "--s-churn is given, but"),

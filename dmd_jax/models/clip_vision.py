@@ -30,8 +30,8 @@ class CLIPVision(nn.Module):
     """The vision tower; the fields have the names and defaults of transformers' config.json.
 
     ViT-L/14: hidden_size 1024, intermediate_size 4096, projection_dim 768, 24 layers, 16 heads,
-    patch_size 14, quick_gelu. ViT-H/14: 1280, 5120, 1024, 32, 16, 14, gelu. ViT-bigG/14: 1664,
-    8192, 1280, 48, 16, 14, gelu.
+    patch_size 14, quick_gelu. ViT-H/14: 1280, 5120, 1024, 32, 16, 14, gelu. ViT-g/14: 1408, 6144,
+    1024, 40, 16, 14, gelu. ViT-bigG/14: 1664, 8192, 1280, 48, 16, 14, gelu.
 
     Raises:
       UserError: an option that is impossible.

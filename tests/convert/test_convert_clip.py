@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import flax.traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,9 +24,10 @@ from commands import fails, succeeds
 from diffusers_folder import write_json
 from safetensors.numpy import load_file, save_file
 
+from dmd_jax.convert.clip_config import towers_from_config
 from dmd_jax.convert.torch_layout import from_torch, torch_key
 from dmd_jax.evaluation.clip_folder import Preparation, load_clip
-from dmd_jax.models import complete
+from dmd_jax.models import abstract_params, complete
 
 # What transformers 4 wrote of a tower besides its own keys.
 OLDER = {
@@ -302,3 +304,26 @@ def test_what_transformers_writes_is_the_same(made, tmp_path):
     for which in ("text", "vision"):
         assert getattr(theirs, which).network == getattr(ours, which).network
     check_params(tmp_path / "out", state_dict())
+
+
+@pytest.mark.parametrize(
+    ("text", "vision", "width", "millions"),
+    [
+        # OpenCLIP's own counts of ViT-g-14 and ViT-bigG-14, in millions: text and vision.
+        ((1024, 24, 16, 4096), (1408, 40, 16, 6144), 1024, (354.03, 1012.65)),
+        ((1280, 32, 20, 5120), (1664, 48, 16, 8192), 1280, (694.66, 1844.91)),
+    ],
+    ids=["ViT-g-14", "ViT-bigG-14"],
+)
+def test_published_shapes_have_as_many_parameters_as_openclip_counts(text, vision, width, millions):
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    gelu = {"hidden_act": "gelu"}
+    config = CONFIG | {
+        "projection_dim": width,
+        "text_config": dict(zip(names, text)) | gelu | {"eos_token_id": 2},
+        "vision_config": dict(zip(names, vision)) | gelu | {"patch_size": 14},
+    }
+    networks = towers_from_config(config, "config.json")
+    for tower, count in zip(("text", "vision"), millions):
+        leaves = jax.tree.leaves(abstract_params(networks[tower]))
+        assert round(sum(leaf.size for leaf in leaves) / 1e6, 2) == count

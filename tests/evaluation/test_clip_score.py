@@ -9,14 +9,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from clip_folder import PREPROCESSOR, save_clip, write_clip
+from clip_folder import PREPROCESSOR, TEXT, VISION, WIDTH, save_clip, write_clip
 from commands import succeeds
 from PIL import Image
+from small_tokenizer import VOCAB_SIZE
 
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation import features
 from dmd_jax.evaluation.clip_folder import Preparation, load_clip
 from dmd_jax.evaluation.clip_score import ClipScore, prepare, resized, score
+from dmd_jax.evaluation.protocols import PREFIX
 
 TOLERANCE = 5e-5  # of cosines, which are at most 1
 TEXTS = ["a cat on the red photo", "", "THE DOG'S  photo", "dog " * 100, "é 😀"]
@@ -39,13 +41,33 @@ def drawn_images(*shape):
     return resized(coarse, shape[1:3], Image.Resampling.BILINEAR)
 
 
+# OpenCLIP's ViT-g-14 but for widths and depths: heads of 88 channels, a perceptron 4.3637 times as
+# wide, patches of 14, the exact GELU, and a text tower of heads of 64 channels.
+SMALL = (TEXT, VISION, WIDTH)
+LIKE_VIT_G = (
+    TEXT
+    | {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "hidden_act": "gelu"},
+    {
+        "hidden_size": 176,
+        "intermediate_size": int(176 * 4.3637),
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    },
+    128,
+)
+
+
 @pytest.mark.torch
-def test_cosines_are_those_of_transformers(tmp_path):
+@pytest.mark.parametrize("shape", [SMALL, LIKE_VIT_G], ids=["small", "like ViT-g"])
+def test_cosines_are_those_of_transformers(tmp_path, shape):
     import torch
     from transformers import CLIPTokenizer
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    model = save_clip(tmp_path / "clip")
+    model = save_clip(tmp_path / "clip", *shape)
     succeeds("convert", "clip", tmp_path / "clip", tmp_path / "out")
     clip, images = ClipScore(tmp_path / "out"), drawn_images(len(TEXTS), 20, 20, 3)
     ours = clip.cosines(images, clip.features_of_texts(clip.tokens(TEXTS)))
@@ -87,6 +109,23 @@ def test_preparation_is_pil_crop_and_statistics():
         middle = np.asarray(picture.crop((2, 6, 14, 18)), np.float64) / 255
         expected = (middle - [0.5, 0.25, 0.0]) / [0.5, 1.0, 2.0]
         np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_prefix_of_text_is_the_published_prefix_of_tokens(folder):
+    """The published code puts the prefix's tokens behind the first, and cuts what is then too long,
+    with the end where the last was no padding."""
+    clip = ClipScore(folder)
+    tokens, prefix = clip.tokens(TEXTS), clip.tokens([PREFIX])[0]
+    end, padding = VOCAB_SIZE - 1, clip.tokens([""])[0, -1]
+    own = prefix[1 : list(prefix).index(end)]
+    assert len(own) >= 3
+    expected = np.concatenate(
+        [tokens[:, :1], np.tile(own, (len(TEXTS), 1)), tokens[:, 1:]], axis=1
+    )[:, :77]
+    cut = expected[:, -1] != padding
+    expected[cut, -1] = end
+    np.testing.assert_array_equal(clip.tokens([PREFIX + text for text in TEXTS]), expected)
+    assert cut.sum() == 1
 
 
 def test_the_score_is_a_mean_of_cosines():

@@ -31,6 +31,25 @@ def test_statistics_equal_numpy_whatever_the_batches():
         )
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("batch", [401, 32, 1])
+def test_moments_are_exact_however_far_from_zero(dtype, batch):
+    """Against whole numbers of any size: sums of float32, or of squares, would lose every digit."""
+    spread = np.random.default_rng(8).integers(0, 128, (401, 5))
+    rows = (2**16 + spread).astype(dtype)  # float32 holds these exactly, not their squares
+    whole = [[int(value) for value in row] for row in rows]
+    n, sums = len(whole), [sum(column) for column in zip(*whole)]
+    products = [[sum(r[i] * r[j] for r in whole) for j in range(5)] for i in range(5)]
+    covariance = [
+        [(n * products[i][j] - sums[i] * sums[j]) / (n * (n - 1)) for j in range(5)]
+        for i in range(5)
+    ]
+    found = gather(rows[start : start + batch] for start in range(0, n, batch))
+    np.testing.assert_allclose(found.mean, [total / n for total in sums], rtol=1e-15)
+    np.testing.assert_allclose(found.covariance, covariance, rtol=0, atol=1e-8)
+    assert found.covariance.max() > 1000
+
+
 def test_merging_is_the_same_in_either_order():
     features = np.random.default_rng(1).standard_normal((60, 5))
     a, b = Statistics.of(features[:20]), Statistics.of(features[20:])
