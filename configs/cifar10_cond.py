@@ -8,8 +8,8 @@ gives as 1.84 in 35 evaluations:
     dmd-jax pairs --config configs/cifar10_cond.py --workdir runs/cifar10_cond/pairs
     dmd-jax train --config configs/cifar10_cond.py --workdir runs/cifar10_cond/train
     dmd-jax evaluate --weights runs/cifar10_cond/train --reference cifar10-32x32.npz \
-                     --features inception --inception weights/inception.safetensors \
-                     --inception-preprocessing tensorflow --out runs/cifar10_cond/fid.json
+                     --protocol edm --inception weights/inception.safetensors \
+                     --out runs/cifar10_cond/fid.json
 
 Pairs: 100,000 from the deterministic Heun sampler in 18 steps, 2.5 GB. Training: batch 392 for each
 loss, 300,000 steps, which the paper did on 7 GPUs. README, "Reproduce the paper",

@@ -7,8 +7,8 @@ The teacher is edm-cifar10-32x32-uncond-vp.pkl of arXiv 2206.00364 (FID 1.97 in 
     dmd-jax pairs --config configs/cifar10_uncond.py --workdir runs/cifar10_uncond/pairs
     dmd-jax train --config configs/cifar10_uncond.py --workdir runs/cifar10_uncond/train
     dmd-jax evaluate --weights runs/cifar10_uncond/train --reference cifar10-32x32.npz \
-                     --features inception --inception weights/inception.safetensors \
-                     --inception-preprocessing tensorflow --out runs/cifar10_uncond/fid.json
+                     --protocol edm --inception weights/inception.safetensors \
+                     --out runs/cifar10_uncond/fid.json
 
 It differs from the conditional experiment in its pairs, 500,000 (12.3 GB), and in the regression's
 weight, 0.5.

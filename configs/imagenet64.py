@@ -8,8 +8,8 @@ gives as 2.32 in 512 evaluations:
     dmd-jax pairs --config configs/imagenet64.py --workdir runs/imagenet64/pairs
     dmd-jax train --config configs/imagenet64.py --workdir runs/imagenet64/train
     dmd-jax evaluate --weights runs/imagenet64/train --reference imagenet-64x64.npz \
-                     --features inception --inception weights/inception.safetensors \
-                     --inception-preprocessing tensorflow --out runs/imagenet64/fid.json
+                     --protocol edm --inception weights/inception.safetensors \
+                     --out runs/imagenet64/fid.json
 
 Pairs: 25,000 from the deterministic Heun sampler in 256 steps, 2.5 GB. Training: batch 336 for each
 loss, 350,000 steps in mixed precision, which is bfloat16 here; the paper did it on 7 GPUs.
