@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="SOURCE",
         help="real images: digits, a folder or zip of PNGs, an .npz, idx files, tfds:NAME:SPLIT; "
-        "or an .npz of their statistics mu and sigma",
+        "or statistics: an .npz of mu and sigma, or EDM2's .pkl",
     )
     parser.add_argument(
         "--features",
@@ -223,7 +223,7 @@ def _run(args: argparse.Namespace) -> None:
             "num_steps": num_steps,
             **subject.results,
             "seed": args.seed,
-            "protocol": protocol.results(),
+            "protocol": protocol.results(captions=args.coco is not None),
             "dtype": args.dtype,
             "feature_dtype": "float32",
             "seconds_per_image": seconds,

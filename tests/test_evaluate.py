@@ -240,8 +240,10 @@ def test_two_processes_measure_what_one_does(trained, tmp_path):
     outputs = [finish(process) for process in start_two(*arguments)]
     assert "Fréchet distance" in outputs[0] and "Fréchet distance" not in outputs[1]
     two = json.loads((tmp_path / "two.json").read_text())
-    for key, expected in one["features"]["pixels"].items():
-        np.testing.assert_allclose(two["features"]["pixels"][key], expected, rtol=1e-5)
+    first, second = (results["features"]["pixels"] for results in (one, two))
+    assert second.pop("kernel_distance") == pytest.approx(first.pop("kernel_distance"), rel=1e-4)
+    for key, expected in first.items():
+        np.testing.assert_allclose(second[key], expected, rtol=1e-5)
     with np.load(tmp_path / "one.npz") as first, np.load(tmp_path / "two.npz") as second:
         np.testing.assert_array_equal(second["labels"], first["labels"])
         np.testing.assert_allclose(second["images"], first["images"], atol=1e-5)

@@ -65,13 +65,15 @@ class Protocol(NamedTuple):
         )
         return f"{self.name} but for {changed}" if changed else self.name
 
-    def results(self) -> dict[str, Any]:
-        """JSON-able: the name, all conventions, and which of them are not the protocol's own."""
-        return {
-            "name": self.name,
-            **self.conventions._asdict(),
-            "overridden": list(self.overridden),
-        }
+    def results(self, *, captions: bool) -> dict[str, Any]:
+        """JSON-able: the name, its conventions, and which of these are not the protocol's own.
+
+        Args:
+          captions: the images are of captions, which have no labels; others have no prefix.
+        """
+        conventions = self.conventions._asdict()
+        del conventions["labels" if captions else "clip_prefix"]
+        return {"name": self.name, **conventions, "overridden": list(self.overridden)}
 
 
 def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +96,8 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         _FLAGS["bytes"],
         choices=tuple(BYTE_RULES),
-        help="of images x in [-1, 1], truncated: edm 127.5 x + 128, dmd2 127.5 (x + 1)",
+        help="that networks see of images x in [-1, 1], truncated: edm 127.5 x + 128, dmd2 "
+        "127.5 (x + 1)",
     )
     group.add_argument(
         _FLAGS["labels"],

@@ -26,11 +26,10 @@ def protocol(*arguments):
 def test_what_a_protocol_sets(name, conventions):
     found = protocol("--protocol", name)
     assert found.conventions == conventions and str(found) == name
-    assert found.results() == {
-        "name": name,
-        **dict(zip(("preprocessing", "bytes", "labels", "clip_prefix"), conventions)),
-        "overridden": [],
-    }
+    preprocessing, rule, labels, prefix = conventions
+    common = {"name": name, "preprocessing": preprocessing, "bytes": rule, "overridden": []}
+    assert found.results(captions=False) == common | {"labels": labels}
+    assert found.results(captions=True) == common | {"clip_prefix": prefix}
 
 
 def test_the_default_has_a_name():
@@ -45,7 +44,7 @@ def test_flags_override_and_are_named():
     assert found.conventions == ("tensorflow", "edm", "balanced", "")
     assert found.overridden == ("bytes", "clip_prefix")  # --labels says what the protocol does
     assert str(found) == "dmd2 but for --bytes 'edm', --clip-prefix ''"
-    assert found.results()["overridden"] == ["bytes", "clip_prefix"]
+    assert found.results(captions=True)["overridden"] == ["bytes", "clip_prefix"]
     assert str(protocol("--inception-preprocessing", "tensorflow")) == (
         "pytorch-fid but for --inception-preprocessing 'tensorflow'"
     )
