@@ -129,6 +129,8 @@ def run(args: argparse.Namespace) -> None:
         },
         "seeds": seeds,
         "steps": config.steps,
+        "compute_dtype": config.compute_dtype,
+        "matmul_precision": config.matmul_precision,
         "num_samples": args.num,
         "reference": baselines["teacher"]["reference"],
         "config_file": Path(args.config).name,

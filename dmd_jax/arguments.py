@@ -14,6 +14,7 @@ from dmd_jax.experiment import check_ranges
 from dmd_jax.files import path_of
 from dmd_jax.generation import SAMPLERS, ImageMaker
 from dmd_jax.models import DTYPES, complete
+from dmd_jax.precision import PRECISIONS
 from dmd_jax.processes import add_process_arguments, join_processes
 from dmd_jax.text_parts import DECODERS
 from dmd_jax.text_to_image import (
@@ -97,6 +98,12 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="float32", help="that the networks compute in"
     )
+    parser.add_argument(
+        "--matmul-precision",
+        choices=PRECISIONS,
+        default="highest",
+        help="of float32 products on TPU and GPU (default: highest, which is float32)",
+    )
     for name, text in SAMPLER_OPTIONS.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=float, metavar="X", help=f"heun and euler: {text}")
@@ -142,6 +149,7 @@ def make_images(args: argparse.Namespace) -> tuple[ImageMaker, Weights]:
         num_steps=args.steps,
         batch_size=args.batch_size,
         dtype=args.dtype,
+        precision=args.matmul_precision,
         sampler_options=options,
     )
     return maker, weights
@@ -172,6 +180,7 @@ def make_latents(
         guidance=args.guidance,
         batch_size=args.batch_size,
         dtype=args.dtype,
+        precision=args.matmul_precision,
         latent_shape=latent_shape or _latent_shape(args, pipeline),
     )
     return maker, pipeline

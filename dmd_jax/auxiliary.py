@@ -159,9 +159,8 @@ def check_published(params: Any, where: str) -> None:
     Raises:
       UserError: their distance of `probe_pair` is not PROBE_DISTANCE; begins with `where`.
     """
-    with jax.default_matmul_precision("highest"):
-        measure = jax.jit(functools.partial(lpips, resolution=None))
-        distance = float(measure(params, *probe_pair())[0])
+    measure = jax.jit(functools.partial(lpips, resolution=None))
+    distance = float(measure(params, *probe_pair())[0])
     # NaN fails the comparison, and so is refused.
     if not abs(distance - PROBE_DISTANCE) <= _TOLERANCE:
         raise UserError(

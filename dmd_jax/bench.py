@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
         "machine": machine(),
         "config": " ".join([args.config, *args.overrides]),
         "compute_dtype": config.compute_dtype,
+        "matmul_precision": config.matmul_precision,
         "devices": devices[args.what],
         "heats": [run_heat(heat, args.steps, **options) for heat in _heats(config, args)],
     }

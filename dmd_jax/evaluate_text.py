@@ -220,6 +220,7 @@ def _latency(
         guidance=args.guidance,
         batch_size=1,
         dtype=args.dtype,
+        precision=args.matmul_precision,
         latent_shape=latent_shape,
         devices=jax.local_devices()[:1],
     )

@@ -20,6 +20,7 @@ from dmd_jax.errors import UserError
 from dmd_jax.files import path_of
 from dmd_jax.models import complete
 from dmd_jax.models.lpips import lpips, lpips_template
+from dmd_jax.precision import PRECISIONS
 from dmd_jax.schedules import NoiseLevel, NoiseSchedule
 from dmd_jax.sharding import check_batch_size, infer_shardings, make_mesh, with_shardings
 from dmd_jax.types import Params
@@ -27,7 +28,7 @@ from dmd_jax.weights import Weights, load_weights
 
 
 def check_ranges(config: ConfigDict) -> None:
-    """Raises a UserError that names the first number that no run can use."""
+    """Raises a UserError that names the first number, or precision, that no run can use."""
     least = {
         1: (
             "log_every",
@@ -49,6 +50,8 @@ def check_ranges(config: ConfigDict) -> None:
             value = _value(config, key)
             if value < minimum:
                 raise UserError(f"config.{key} is {value}; expected at least {minimum}")
+    for key in ("matmul_precision", "pairs.matmul_precision"):
+        one_of(config, key, PRECISIONS)
 
 
 def check_batches(config: ConfigDict, mesh: Mesh, where: str) -> None:
@@ -142,6 +145,15 @@ def loss_options(config: ConfigDict, schedule: NoiseSchedule) -> dict[str, Any]:
     )
 
 
+def computation_of(config: ConfigDict) -> dict[str, str]:
+    """In what networks compute, as keywords of their builders: "dtype" and "precision".
+
+    Args:
+      config: of a run, or its part `pairs`.
+    """
+    return {"dtype": config.compute_dtype, "precision": config.matmul_precision}
+
+
 def distance_of(
     config: ConfigDict, image_shape: tuple[int, ...]
 ) -> Callable[[Params, jax.Array, jax.Array], jax.Array] | None:
@@ -171,7 +183,7 @@ def distance_of(
             y,
             pooling=options.pooling,
             resolution=options.resolution or None,
-            dtype=config.compute_dtype,
+            **computation_of(config),
         )
 
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)

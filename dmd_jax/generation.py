@@ -26,7 +26,7 @@ class ImageMaker:
     Args:
       sampler: one of SAMPLERS. num_steps: of heun and euler.
       batch_size: images at a time; rounded up to a multiple of the devices.
-      dtype: that the network computes in, "float32" or "bfloat16".
+      dtype, precision: that the network computes in, as for models.build_denoiser.
       sampler_options: s_churn and so on, for heun and euler.
 
     Raises:
@@ -41,9 +41,10 @@ class ImageMaker:
         num_steps: int = 18,
         batch_size: int = 256,
         dtype: str = "float32",
+        precision: str = "highest",
         sampler_options: dict[str, float] | None = None,
     ):
-        denoiser = denoiser_of(weights, dtype=dtype)
+        denoiser = denoiser_of(weights, dtype=dtype, precision=precision)
         if denoiser.cond_shape is not None:
             raise UserError(
                 f"{weights.description}: network {weights.network['name']} makes images of text; "

@@ -18,7 +18,7 @@ from dmd_jax.data.pairs import write_pairs
 from dmd_jax.data.pairs_metadata import PairsMetadata, TextPairsMetadata
 from dmd_jax.data.prompts import PromptSource
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import prompts_of, teacher_of
+from dmd_jax.experiment import computation_of, prompts_of, teacher_of
 from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
 from dmd_jax.metrics import Progress
 from dmd_jax.models import complete
@@ -100,7 +100,7 @@ def _label_plan(config: ConfigDict, teacher: Weights) -> _Plan:
         sampler=options.sampler,
         num_steps=options.num_steps,
         batch_size=options.batch_size,
-        dtype=options.compute_dtype,
+        **computation_of(options),
     )
     metadata = PairsMetadata(
         sample_shape=maker.sample_shape,
@@ -126,7 +126,7 @@ def _text_plan(config: ConfigDict, teacher: Weights) -> _Plan:
         num_steps=options.num_steps,
         guidance=config.guidance,
         batch_size=options.batch_size,
-        dtype=options.compute_dtype,
+        **computation_of(options),
     )
     vocab_size = complete(pipeline.text_encoder.network)["vocab_size"]
     metadata = TextPairsMetadata(
@@ -156,6 +156,8 @@ def _shared(config: ConfigDict, teacher: Weights) -> dict[str, Any]:
         seed=options.seed,
         count=options.count,
         shard_size=options.shard_size,
+        compute_dtype=options.compute_dtype,
+        matmul_precision=options.matmul_precision,
     )
 
 

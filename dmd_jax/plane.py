@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dmd_jax import samplers, state
 from dmd_jax.errors import UserError
+from dmd_jax.experiment import computation_of
 from dmd_jax.models import build_denoiser
 from dmd_jax.models.mlp import MLP
 from dmd_jax.objective import Networks
@@ -54,14 +55,20 @@ def make_plane(config: ConfigDict) -> Plane:
     mixture = build_denoiser(
         {"name": "gaussian_mixture", "means": means.tolist(), "stds": [toy.mode_std] * 2}
     )
-    fake_score = build_denoiser(config.network.to_dict(), dtype=config.compute_dtype)
+    fake_score = build_denoiser(config.network.to_dict(), **computation_of(config))
     if (fake_score.sample_shape, fake_score.num_classes) != ((2,), 0):
         raise UserError(
             f"config.network takes samples of shape {fake_score.sample_shape} and "
             f"{fake_score.num_classes} classes; expected (2,) and 0"
         )
     # Its last layer starts at zero, so that the fakes start as one Gaussian cluster.
-    network = MLP(dim=2, width=toy.generator_width, depth=toy.generator_depth, zero_init=True)
+    network = MLP(
+        dim=2,
+        width=toy.generator_width,
+        depth=toy.generator_depth,
+        zero_init=True,
+        precision=config.matmul_precision,
+    )
     center = jnp.asarray(toy.center, jnp.float32)
 
     def generate(params, z, cond):

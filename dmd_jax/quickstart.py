@@ -21,6 +21,7 @@ from dmd_jax.files import local_path, write_json
 from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
 from dmd_jax.metrics import duration, read_metrics
 from dmd_jax.pictures import grid, save_png, to_uint8, viewing_scale
+from dmd_jax.precision import products
 from dmd_jax.provenance import command_line, machine
 from dmd_jax.report import write_report
 from dmd_jax.weights import load_weights
@@ -74,7 +75,12 @@ def run(args: argparse.Namespace) -> None:
         raise Stopped(stopped.step, stopped.signal_number, workdir) from stopped
     print("quickstart: evaluating", file=sys.stderr)
     results, pictures = _evaluate(teacher, workdir, config)
-    results |= {"command": command_line(), "machine": machine()}
+    results |= {
+        "compute_dtype": config.compute_dtype,
+        "matmul_precision": config.matmul_precision,
+        "command": command_line(),
+        "machine": machine(),
+    }
     try:
         _write(workdir, results, pictures)
     except OSError as error:
@@ -156,7 +162,7 @@ def _write(workdir: Path, results: dict, pictures: dict[str, np.ndarray]) -> Non
         sheets,
         curves,
         command=results["command"],
-        machine=results["machine"],
+        machine=f"{results['machine']}, in {products(results)}",
     )
 
 

@@ -143,6 +143,7 @@ def image_settings(
         "sampling": None if one_step else pipeline.sampling,
         "guidance": args.guidance,
         "dtype": args.dtype,
+        "matmul_precision": args.matmul_precision,
         "image_shape": maker.image_shape,
         "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         "seed": args.seed if z is None else None,

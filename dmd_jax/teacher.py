@@ -13,7 +13,13 @@ from dmd_jax.arguments import add_run_arguments, run_config
 from dmd_jax.data.images import open_images
 from dmd_jax.data.loader import batches
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import abstract_state, fake_weight_of, mesh_of, shardings_of
+from dmd_jax.experiment import (
+    abstract_state,
+    computation_of,
+    fake_weight_of,
+    mesh_of,
+    shardings_of,
+)
 from dmd_jax.introduction import introduce
 from dmd_jax.models import build_denoiser
 from dmd_jax.pictures import grid, to_uint8, viewing_scale
@@ -38,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     mesh = mesh_of(config)
     introduce(mesh)
     check_batch_size(options.batch_size, mesh, name="config.teacher.batch_size")
-    denoiser = build_denoiser(config.network.to_dict(), dtype=config.compute_dtype)
+    denoiser = build_denoiser(config.network.to_dict(), **computation_of(config))
     if denoiser.cond_shape is not None:
         raise UserError(
             f"config.network is {config.network.name}; expected a network of EDM's, which is what "

@@ -103,13 +103,13 @@ def load_pipeline(
 
 
 def text_encoder(
-    network: Mapping[str, Any], *, dtype: str = "float32"
+    network: Mapping[str, Any], *, dtype: str = "float32", precision: str = "highest"
 ) -> Callable[[Params, jax.Array], jax.Array]:
     """(params, tokens [B, L] int32) -> [B, L, D] float32: the last hidden state, after the norm.
 
     That is what Stable Diffusion's UNet is conditioned on.
     """
-    module = build_network(network, dtype=dtype)
+    module = build_network(network, dtype=dtype, precision=precision)
 
     def encode(params: Params, tokens: jax.Array) -> jax.Array:
         return module.apply({"params": params}, tokens).last_hidden.astype(jnp.float32)
@@ -118,13 +118,13 @@ def text_encoder(
 
 
 def image_decoder(
-    network: Mapping[str, Any], *, dtype: str = "float32"
+    network: Mapping[str, Any], *, dtype: str = "float32", precision: str = "highest"
 ) -> Callable[[Params, jax.Array], jax.Array]:
     """(params, latents [B, h, w, C]) -> images [B, 8h, 8w, 3] float32, in [-1, 1] but not clipped.
 
     The latents are the UNet's: the autoencoder's scale and shift are undone here.
     """
-    module = build_network(network, dtype=dtype)
+    module = build_network(network, dtype=dtype, precision=precision)
     shift = module.shift_factor or 0.0
 
     def decode(params: Params, latents: jax.Array) -> jax.Array:
@@ -141,7 +141,7 @@ class LatentMaker:
       sampler: one of TEXT_SAMPLERS. num_steps: of all but one-step.
       guidance: classifier-free, by the empty prompt; 1 is none, and all that one-step takes.
       batch_size: latents at a time; rounded up to a multiple of the devices.
-      dtype: that the networks compute in, "float32" or "bfloat16".
+      dtype, precision: that the networks compute in, as for models.build_network.
       latent_shape: of one example, (h, w, C); by default that of the UNet's training.
       devices: all of this process's by default.
 
@@ -158,17 +158,19 @@ class LatentMaker:
         guidance: float = 1.0,
         batch_size: int = 8,
         dtype: str = "float32",
+        precision: str = "highest",
         latent_shape: tuple[int, ...] | None = None,
         devices: Sequence[jax.Device] | None = None,
     ):
-        denoiser = denoiser_of(pipeline.unet, dtype=dtype)
+        computation = {"dtype": dtype, "precision": precision}
+        denoiser = denoiser_of(pipeline.unet, **computation)
         sample = latent_sampler(sampler, denoiser, num_steps, guidance, pipeline.sampling)
         self.latent_shape = tuple(latent_shape or denoiser.sample_shape)
         self._vocab_size = complete(pipeline.text_encoder.network)["vocab_size"]
         self._devices = LocalDevices(batch_size, devices)
         self.batch_size = self._devices.batch_size
-        self._decoder, self._dtype = pipeline.decoder, dtype
-        encode = text_encoder(pipeline.text_encoder.network, dtype=dtype)
+        self._decoder, self._computation = pipeline.decoder, computation
+        encode = text_encoder(pipeline.text_encoder.network, **computation)
         self._params = self._devices.replicate(
             {"unet": pipeline.unet.params, "text": pipeline.text_encoder.params}
         )
@@ -215,7 +217,7 @@ class LatentMaker:
 
     @functools.cached_property
     def _decode(self):
-        decode = image_decoder(self._decoder.network, dtype=self._dtype)
+        decode = image_decoder(self._decoder.network, **self._computation)
         return self._devices.compile(decode), self._devices.replicate(self._decoder.params)
 
 

@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> None:
     summary = {
         "command": command_line(),
         "machine": machine(),
+        "compute_dtype": config.compute_dtype,
+        "matmul_precision": config.matmul_precision,
         "seconds": round(time.monotonic() - started, 1),
         "panels": panels,
     }

@@ -107,9 +107,9 @@ def network_of(folder: Path) -> dict[str, Any]:
     return _network(config["config"] if is_workdir else config, folder)
 
 
-def denoiser_of(weights: Weights, *, dtype: str = "float32", remat: str = "none") -> Denoiser:
-    """The network of the weights."""
-    return build_denoiser(weights.network, dtype=dtype, remat=remat)
+def denoiser_of(weights: Weights, **options: str) -> Denoiser:
+    """The network of the weights; `options` are build_denoiser's: dtype, precision and remat."""
+    return build_denoiser(weights.network, **options)
 
 
 def params_sha256(params: Any) -> str:

@@ -16,6 +16,7 @@ def bench(tmp_path, *argv):
 def test_training_step(tmp_path, capsys):
     results = bench(tmp_path, "--config.mesh.fsdp=2")
     assert results["devices"] == 8 and results["compute_dtype"] == "float32"
+    assert results["matmul_precision"] == "highest"
     assert results["config"] == f"{TINY} --config.mesh.fsdp=2"
     (heat,) = results["heats"]
     (ours,) = heat["rivals"]

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from dmd_jax import samplers
 from dmd_jax.benchmark.own_step import delete, memory_facts
 from dmd_jax.benchmark.random_arrays import in_host_memory, random_weights
+from dmd_jax.experiment import computation_of
 from dmd_jax.flops import count_flops
 from dmd_jax.models import abstract_params, build_denoiser, complete
 from dmd_jax.sharding import (
@@ -116,7 +117,7 @@ def _pixels(
 
 def _label_generator(config: ConfigDict) -> _Generator:
     networks = {"network": config.network.to_dict()}
-    denoiser = build_denoiser(networks["network"], dtype=config.compute_dtype)
+    denoiser = build_denoiser(networks["network"], **computation_of(config))
 
     def make(params, z: jax.Array, labels: jax.Array) -> jax.Array:
         return samplers.one_step(
@@ -134,9 +135,9 @@ def _text_generator(config: ConfigDict, decoder: str) -> _Generator:
         "text_encoder": config.text.text_encoder.to_dict(),
         "decoder": config.text[decoder].to_dict(),
     }
-    denoiser = build_denoiser(networks["network"], dtype=config.compute_dtype)
-    encode = text_encoder(networks["text_encoder"], dtype=config.compute_dtype)
-    decode = image_decoder(networks["decoder"], dtype=config.compute_dtype)
+    denoiser = build_denoiser(networks["network"], **computation_of(config))
+    encode = text_encoder(networks["text_encoder"], **computation_of(config))
+    decode = image_decoder(networks["decoder"], **computation_of(config))
 
     def make(params, z: jax.Array, tokens: jax.Array) -> jax.Array:
         cond = encode(params["text_encoder"], tokens)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dmd_jax.precision import products
+
 _UNKNOWN = "unknown"
 _HEADS = (
     "",
@@ -21,7 +23,7 @@ _HEADS = (
 
 def table(results: dict[str, Any]) -> str:
     """The results of `dmd-jax bench` as lines of text."""
-    parts = [results["machine"], f"{results['config']}, {results['compute_dtype']}"]
+    parts = [results["machine"], f"{results['config']}, {products(results)}"]
     for heat in results["heats"]:
         gigaflops = heat["flops"] / 1e9
         title = f"{heat['title']}, {heat['images']} images, {gigaflops:,.1f} GFLOP"

@@ -24,7 +24,7 @@ def step_peer(config: ConfigDict, own: OwnStep) -> Callable[[bool], Rival]:
     Raises:
       UserError: PyTorch has not the one device that JAX has.
     """
-    device = torch_device()
+    device = torch_device(config.matmul_precision)
 
     def make(compiled: bool) -> Rival:
         params, batch = own.on_host()
@@ -37,7 +37,7 @@ def step_peer(config: ConfigDict, own: OwnStep) -> Callable[[bool], Rival]:
 
 def images_peer(config: ConfigDict, own: OwnImages, decoder: str | None) -> Callable[[bool], Rival]:
     """Likewise of the one-step generator."""
-    device = torch_device()
+    device = torch_device(config.matmul_precision)
 
     def make(compiled: bool) -> Rival:
         options = {"decoder": decoder, "device": device, "compiled": compiled}
@@ -46,8 +46,8 @@ def images_peer(config: ConfigDict, own: OwnImages, decoder: str | None) -> Call
     return make
 
 
-def torch_device() -> torch.device:
-    """PyTorch's device that is JAX's.
+def torch_device(precision: str) -> torch.device:
+    """PyTorch's device that is JAX's, set to compute float32 products at one of PRECISIONS.
 
     Raises:
       UserError: there is none, or JAX has several.
@@ -62,8 +62,9 @@ def torch_device() -> torch.device:
             f"--peer: JAX is on a GPU and torch {torch.__version__} finds none; expected a torch "
             "that was built for it"
         )
-    # Of convolutions and matmuls in float32, what JAX does by default on such a device too.
-    torch.set_float32_matmul_precision("high")
+    exact = precision == "highest"
+    torch.set_float32_matmul_precision("highest" if exact else "high")  # high is TF32
+    torch.backends.cudnn.allow_tf32 = not exact
     torch.backends.cudnn.benchmark = True
     return torch.device("cuda" if platform == "gpu" else "cpu")
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dmd_jax.config import stages_of
 from dmd_jax.distillation.program import abstract_program, model_flops
-from dmd_jax.experiment import check_batches
+from dmd_jax.experiment import check_batches, computation_of
 from dmd_jax.flops import count_flops
 from dmd_jax.generation import LocalDevices, image_sampler
 from dmd_jax.models import Denoiser, abstract_params, build_denoiser
@@ -61,6 +61,7 @@ def _training(config: ConfigDict, mesh: Mesh) -> Compilable:
         "accumulation": stage.accumulation,
         "remat": stage.remat,
         "compute_dtype": stage.compute_dtype,
+        "matmul_precision": stage.matmul_precision,
         "state_bytes": bytes_a_device(program.state),
     }
     return Compilable(
@@ -75,11 +76,15 @@ def _sampling(config: ConfigDict, what: str, devices: Sequence[jax.Device]) -> C
     own = [device for device in devices if device.process_index == devices[0].process_index]
     options = config.pairs
     local = LocalDevices(options.batch_size, own)
-    dtype = options.compute_dtype if what == "pairs" else config.compute_dtype
-    denoiser = build_denoiser(config.network.to_dict(), dtype=dtype)
+    chosen = options if what == "pairs" else config
+    computation = computation_of(chosen)
+    denoiser = build_denoiser(config.network.to_dict(), **computation)
     sampler, steps = (options.sampler, options.num_steps) if what == "pairs" else ("one-step", 1)
     make = _of_labels if denoiser.cond_shape is None else _of_text
-    function, inputs = make(config, denoiser, sampler, steps, guided=what == "pairs", dtype=dtype)
+    guidance = config.guidance if what == "pairs" else 1.0
+    function, inputs = make(
+        config, denoiser, sampler, steps, guidance=guidance, computation=computation
+    )
     mesh = make_mesh(devices=own)
     params, *rows = inputs
     placed = [with_shardings(params, jax.tree.map(lambda _: replicated(mesh), params))]
@@ -93,7 +98,8 @@ def _sampling(config: ConfigDict, what: str, devices: Sequence[jax.Device]) -> C
         "images": local.batch_size,
         "sampler": sampler,
         "sampling_steps": steps,
-        "compute_dtype": dtype,
+        "compute_dtype": chosen.compute_dtype,
+        "matmul_precision": chosen.matmul_precision,
     }
     return Compilable(
         lower=lambda: jitted.lower(*placed),
@@ -116,13 +122,18 @@ def _of_labels(config: ConfigDict, denoiser: Denoiser, sampler: str, steps: int,
 
 
 def _of_text(
-    config: ConfigDict, denoiser: Denoiser, sampler: str, steps: int, *, guided: bool, dtype: str
+    config: ConfigDict,
+    denoiser: Denoiser,
+    sampler: str,
+    steps: int,
+    *,
+    guidance: float,
+    computation: dict[str, str],
 ):
     """(params, z, tokens) -> latents, likewise."""
     encoder = config.text.text_encoder.to_dict()
-    guidance = config.guidance if guided else 1.0
     sample = latent_sampler(sampler, denoiser, steps, guidance, _SAMPLING)
-    encode = text_encoder(encoder, dtype=dtype)
+    encode = text_encoder(encoder, **computation)
 
     def make(params: Any, z: jax.Array, tokens: jax.Array) -> jax.Array:
         cond = encode(params["text_encoder"], tokens)

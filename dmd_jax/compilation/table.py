@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dmd_jax.compilation.figures import MOST_MEMORY
+from dmd_jax.precision import products
 
 
 def table(result: dict[str, Any]) -> str:
@@ -36,6 +37,7 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         "devices": lambda one: str(one["devices"]),
         "mesh": lambda one: "x".join(str(size) for size in one["mesh"].values()),
         "images": lambda one: f"{one['images']:,}",
+        "products": products,
         "state": lambda one: size(one["state_bytes"]),
         "HBM": lambda one: f"{one['memory']['share']:.1%}",
         "FLOPs": lambda one: _operations(one["flops"]),
@@ -82,7 +84,7 @@ def _batch(result: dict[str, Any]) -> str:
         )
     else:
         text += f"; {result['sampler']}, {result['sampling_steps']} steps"
-    return f"{text}, {result['compute_dtype']}"
+    return f"{text}, {products(result)}"
 
 
 def _refused(refusal: dict[str, Any]) -> list[tuple[str, str]]:

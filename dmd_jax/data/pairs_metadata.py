@@ -28,6 +28,7 @@ class PairsMetadata(shards_metadata.ShardedMetadata):
     """What a folder of pairs holds and how it was made. Raises UserError for impossible values."""
 
     KIND: ClassVar[str] = "pairs"
+    MAY_LACK: ClassVar[tuple[str, ...]] = ("compute_dtype", "matmul_precision")
 
     teacher: str  # where the teacher's weights came from, in words or as a path
     teacher_sha256: str
@@ -37,11 +38,17 @@ class PairsMetadata(shards_metadata.ShardedMetadata):
     seed: int
     sample_shape: tuple[int, ...]  # (H, W, C)
     num_classes: int  # 0: no labels, and every label is 0
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the records' images
+    # In what the teacher computed y_ref. None: not recorded, as of folders without these keys,
+    # which are read but not gone on with.
+    compute_dtype: str | None = None
+    matmul_precision: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
         self._require("dtype", self.dtype == "float32", "'float32'")
+        for name in self.MAY_LACK:
+            self._require(name, isinstance(getattr(self, name), str | None), "text, or null")
         for name in ("teacher", "teacher_sha256", "sampler"):
             self._require(name, isinstance(getattr(self, name), str), "text")
         self._require_whole(num_steps=1, seed=0, num_classes=0)

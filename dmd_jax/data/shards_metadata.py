@@ -23,6 +23,7 @@ class ShardedMetadata:
 
     KIND: ClassVar[str]  # what a record is one of, and the command that writes them
     FORMAT_VERSION: ClassVar[int] = 1
+    MAY_LACK: ClassVar[tuple[str, ...]] = ()  # keys that not every folder of this version has
 
     count: int  # records in all shards
     shard_size: int  # records in each shard but perhaps the last
@@ -78,11 +79,9 @@ def read_metadata(folder: str | os.PathLike, *kinds: type[Metadata]) -> Metadata
     found = set(values) if isinstance(values, dict) else set()
     keys = {kind: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
     kind = min(kinds, key=lambda kind: len(keys[kind] ^ found))  # the nearest, where none fits
-    names = keys[kind]
-    if not isinstance(values, dict) or found != names:
-        raise UserError(
-            f"{path}: missing keys {sorted(names - found)}, unknown keys {sorted(found - names)}"
-        )
+    missing, unknown = keys[kind] - found - set(kind.MAY_LACK), found - keys[kind]
+    if not isinstance(values, dict) or missing or unknown:
+        raise UserError(f"{path}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
     try:
         return kind(**values)
     except UserError as error:

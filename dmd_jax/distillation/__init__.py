@@ -12,7 +12,7 @@ from dmd_jax import state
 from dmd_jax.distillation.labels import label_method, label_setting
 from dmd_jax.distillation.setting import Method, Setting
 from dmd_jax.distillation.text import text_method, text_setting
-from dmd_jax.experiment import fake_weight_of, loss_options
+from dmd_jax.experiment import computation_of, fake_weight_of, loss_options
 from dmd_jax.models import build_denoiser
 from dmd_jax.train_step import Step, make_train_step
 from dmd_jax.weights import Weights, denoiser_of
@@ -27,7 +27,7 @@ def method_of(config: ConfigDict) -> Method:
       UserError: a value is impossible.
     """
     denoiser = build_denoiser(
-        config.network.to_dict(), dtype=config.compute_dtype, remat=config.remat
+        config.network.to_dict(), remat=config.remat, **computation_of(config)
     )
     return (label_method if denoiser.cond_shape is None else text_method)(config, denoiser)
 
@@ -39,7 +39,7 @@ def setting_of(config: ConfigDict, teacher: Weights) -> Setting:
       UserError: data or weights that the config names are not there or do not fit, or a value is
         impossible.
     """
-    denoiser = denoiser_of(teacher, dtype=config.compute_dtype, remat=config.remat)
+    denoiser = denoiser_of(teacher, remat=config.remat, **computation_of(config))
     make = label_setting if denoiser.cond_shape is None else text_setting
     return make(config, teacher, denoiser)
 

@@ -28,7 +28,14 @@ from dmd_jax.distillation.setting import (
     own_batches,
 )
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import check_same_network, distance_of, lpips_of, one_of, prompts_of
+from dmd_jax.experiment import (
+    check_same_network,
+    computation_of,
+    distance_of,
+    lpips_of,
+    one_of,
+    prompts_of,
+)
 from dmd_jax.models import Denoiser, abstract_params, complete, guided
 from dmd_jax.models.lpips import lpips_template
 from dmd_jax.objective import Networks
@@ -51,7 +58,7 @@ def text_method(config: ConfigDict, denoiser: Denoiser) -> Method:
     """
     one_of(config, "text.encode", ("in_step", "ahead"))
     in_step = config.text.encode == "in_step"
-    encode = text_encoder(config.text.text_encoder.to_dict(), dtype=config.compute_dtype)
+    encode = text_encoder(config.text.text_encoder.to_dict(), **computation_of(config))
     encoder_params = abstract_params(config.text.text_encoder.to_dict())
     tokens = jax.ShapeDtypeStruct((1, denoiser.cond_shape[0]), jnp.int32)
     uncond = jax.eval_shape(encode, encoder_params, tokens)
@@ -62,8 +69,7 @@ def text_method(config: ConfigDict, denoiser: Denoiser) -> Method:
         )
     decoders = {name: config.text[name].to_dict() for name in decoder_names(config)}
     decode = {
-        name: image_decoder(network, dtype=config.compute_dtype)
-        for name, network in decoders.items()
+        name: image_decoder(network, **computation_of(config)) for name, network in decoders.items()
     }
     decoder_params = {name: abstract_params(network) for name, network in decoders.items()}
     latents = jax.ShapeDtypeStruct((1, *denoiser.sample_shape), jnp.float32)
@@ -130,7 +136,7 @@ def text_setting(config: ConfigDict, teacher: Weights, denoiser: Denoiser) -> Se
                 "that of the config and its teacher"
             )
     prompts = prompts_of(config)
-    encode = jax.jit(text_encoder(encoder.network, dtype=config.compute_dtype))
+    encode = jax.jit(text_encoder(encoder.network, **computation_of(config)))
     lpips_params = None if method.distance(config) is None else lpips_of(config)
     identity = identity_of(pairs, lpips_params) | {
         "prompts_sha256": prompts.metadata.prompts_sha256,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.splash import fits, splash
+from dmd_jax.precision import at_precision
 from dmd_jax.sharding import device_in_use, mesh_in_use
 
 # Self-attention of fewer queries is as fast with XLA as with a kernel.
@@ -44,7 +45,8 @@ def attend(
       causal: query i sees keys 0 to i, in addition to what `mask` demands.
 
     Returns:
-      [B, L, H, K] in q's dtype. Logits and softmax are float32.
+      [B, L, H, K] in q's dtype. Logits and softmax are float32; products of float32 are at the
+      precision in use (see dmd_jax.precision), those of bfloat16 take one pass.
 
     Raises:
       UserError: shapes that do not fit together.
@@ -62,14 +64,19 @@ def attend(
                 f"attention mask is {mask.dtype} of shape {mask.shape}; expected bool, "
                 f"broadcastable to {shape}"
             )
-    found = implementation(q, k, free=mask is None and not causal)
-    if found == "splash":
-        return splash(q, k, v, mesh_in_use())
-    if found == "parts":
-        return _in_parts(q, k, v)
-    if found == "heads":
-        return _by_heads(q, k, v)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=found)
+    # Gradients multiply bfloat16 by float32, that of the logits, and kernels widen before they
+    # multiply: in bfloat16 neither is to take the passes of float32's products.
+    with at_precision("default") if q.dtype == jnp.bfloat16 else nullcontext():
+        found = implementation(q, k, free=mask is None and not causal)
+        if found == "splash":
+            return splash(q, k, v, mesh_in_use())
+        if found == "parts":
+            return _in_parts(q, k, v)
+        if found == "heads":
+            return _by_heads(q, k, v)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=causal, implementation=found
+        )
 
 
 @contextmanager

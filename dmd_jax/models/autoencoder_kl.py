@@ -25,6 +25,7 @@ from dmd_jax.models.unet2d_blocks import (
     Upsample2D,
     project_and_attend,
 )
+from dmd_jax.precision import at_own_precision
 
 _EPSILON = 1e-6  # of every norm
 _LOG_VARIANCE = (-30.0, 20.0)
@@ -60,6 +61,7 @@ class AutoencoderKL(nn.Module):
     scaling_factor: float = 0.18215
     shift_factor: float | None = None  # None is zero
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+    precision: str = "highest"  # of float32 products, see dmd_jax.precision
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,6 +93,7 @@ class AutoencoderKL(nn.Module):
         """The image [B, H, W, in_channels] through both halves, by the mean of its latents."""
         return self.decode(self.encode(image)[0])
 
+    @at_own_precision
     def encode(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The Gaussian of an image's latents.
 
@@ -114,6 +117,7 @@ class AutoencoderKL(nn.Module):
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(log_variance, *_LOG_VARIANCE)
 
+    @at_own_precision
     def decode(self, z: jax.Array) -> jax.Array:
         """The image of latents z [B, h, w, latent_channels].
 

@@ -18,6 +18,7 @@ from dmd_jax.models import folding
 from dmd_jax.models.doubling import DoublingConv
 from dmd_jax.models.folding import FoldableConv
 from dmd_jax.models.unet import check_sizes
+from dmd_jax.precision import at_own_precision
 
 _CHANNELS, _BLOCKS = (1, 16_384), (0, 64)
 _SIZES = {
@@ -58,6 +59,7 @@ class AutoencoderTiny(nn.Module):
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+    precision: str = "highest"  # of float32 products, see dmd_jax.precision
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,6 +88,7 @@ class AutoencoderTiny(nn.Module):
         """The decoded latents of an image; `init` needs it."""
         return self.decode(self.encode(image))
 
+    @at_own_precision
     def encode(self, image: jax.Array) -> jax.Array:
         """The latents of images.
 
@@ -108,6 +111,7 @@ class AutoencoderTiny(nn.Module):
             )
         return self.encoder((image.astype(jnp.float32) + 1) / 2)
 
+    @at_own_precision
     def decode(self, z: jax.Array) -> jax.Array:
         """The images of latents.
 

@@ -14,13 +14,18 @@ from dmd_jax.schedules import NoiseSchedule
 
 
 def build_denoiser(
-    network: Mapping[str, Any], *, dtype: str = "float32", remat: str = "none"
+    network: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    precision: str = "highest",
+    remat: str = "none",
 ) -> Denoiser:
     """The denoiser that `network` describes.
 
     Args:
-      network, dtype, remat: as for registry.build_network; "name" is "songunet", "dhariwal", "mlp",
-        "gaussian_mixture" or "unet2d_condition". Inputs and outputs are float32 in every dtype.
+      network, dtype, precision, remat: as for registry.build_network; "name" is "songunet",
+        "dhariwal", "mlp", "gaussian_mixture" or "unet2d_condition". Inputs and outputs are float32
+        in every dtype.
 
     Returns:
       A Denoiser. The `denoise` of EDM's networks also takes the keyword `dropout_key`, which turns
@@ -33,7 +38,7 @@ def build_denoiser(
     name = options["name"]
     if name not in DENOISERS:
         raise UserError(f"network {name} denoises nothing; expected one of {', '.join(DENOISERS)}")
-    module = build_network(options, dtype=dtype, remat=remat)
+    module = build_network(options, dtype=dtype, precision=precision, remat=remat)
     init = initialiser(module)
     if name == "gaussian_mixture":
         return Denoiser(init, mixture_denoise, module.sample_shape, 0, NoiseSchedule.edm())

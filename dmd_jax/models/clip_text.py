@@ -16,6 +16,7 @@ import numpy as np
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.clip_blocks import CLIPEncoder, LayerOptions, check_clip
+from dmd_jax.precision import at_own_precision
 
 _SIZES = {
     "vocab_size": (1, 10_000_000),
@@ -61,6 +62,7 @@ class CLIPText(nn.Module):
     # No key of config.json: its projection_dim is there in both cases.
     with_projection: bool = False
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+    precision: str = "highest"  # of float32 products, see dmd_jax.precision
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,6 +73,7 @@ class CLIPText(nn.Module):
         return (jnp.zeros((1, self.max_position_embeddings), jnp.int32),)
 
     @nn.compact
+    @at_own_precision
     def __call__(self, tokens: jax.Array) -> CLIPTextOutput:
         """The text's hidden states and features.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.clip_blocks import CLIPEncoder, LayerOptions, check_clip
+from dmd_jax.precision import at_own_precision
 
 _SIZES = {"num_channels": (1, 1024), "image_size": (1, 8192), "patch_size": (1, 8192)}
 
@@ -48,6 +49,7 @@ class CLIPVision(nn.Module):
     hidden_act: str = "quick_gelu"  # or "gelu", the exact one
     layer_norm_eps: float = 1e-5
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+    precision: str = "highest"  # of float32 products, see dmd_jax.precision
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,6 +65,7 @@ class CLIPVision(nn.Module):
         return (jnp.zeros((1, self.image_size, self.image_size, self.num_channels)),)
 
     @nn.compact
+    @at_own_precision
     def __call__(self, images: jax.Array) -> CLIPVisionOutput:
         """The images' hidden states and features.
 

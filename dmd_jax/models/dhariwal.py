@@ -24,6 +24,7 @@ from dmd_jax.models.layers import (
 )
 from dmd_jax.models.remat import rematerialised
 from dmd_jax.models.unet import Levels, check_input, check_unet
+from dmd_jax.precision import at_own_precision
 
 _CHANNELS_PER_HEAD = 64
 _EPSILON = 1e-5
@@ -51,6 +52,7 @@ class DhariwalUNet(nn.Module, Levels):
     attn_resolutions: Sequence[int] = (32, 16, 8)  # 64 channels a head; the middle always attends
     dropout: float = 0.10
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+    precision: str = "highest"  # of float32 products, see dmd_jax.precision
     remat: str = "none"  # what the backward pass computes again, see models.remat
 
     def __post_init__(self):
@@ -67,6 +69,7 @@ class DhariwalUNet(nn.Module, Levels):
                 )
 
     @nn.compact
+    @at_own_precision
     def __call__(
         self,
         x: jax.Array,

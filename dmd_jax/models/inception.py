@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.resizing import bilinear, bilinear_from_the_corner
+from dmd_jax.precision import at_precision
 
 SIDE, FEATURES, CLASSES = 299, 2048, 1008
 
@@ -189,7 +190,7 @@ def pool3(params: Any, images: jax.Array, *, preprocessing: str = "pytorch_fid")
         )
         return nn.relu(x + leaf["bias"])
 
-    with jax.default_matmul_precision("highest"):
+    with at_precision("highest"):
         x = _through_blocks(
             preprocess(images, preprocessing),
             convolve,

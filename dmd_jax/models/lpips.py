@@ -12,6 +12,7 @@ import numpy as np
 from dmd_jax.errors import UserError
 from dmd_jax.models import folding
 from dmd_jax.models.resizing import bilinear
+from dmd_jax.precision import at_precision
 
 # VGG16 (arXiv 1409.1556): the width and the number of the 3x3 convolutions of each block.
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -53,14 +54,14 @@ def lpips(
     pooling: str = "average",
     resolution: int | None = 224,
     dtype: Any = None,
+    precision: str = "highest",
 ) -> jax.Array:
     """The perceptual distance of pairs of images, LPIPS v0.1 with VGG16 (arXiv 1801.03924).
 
     The activations at the end of each of VGG16's five blocks are scaled to unit length at each
     position; their squared differences are weighted by channel, averaged over positions and
     summed. Its gradient is zero, not NaN, where x equals y and where a position has no
-    activation. Convolutions run at JAX's default precision, which on TPU and GPU is less than
-    float32's.
+    activation.
 
     Args:
       params: of the shapes of `lpips_template`.
@@ -70,6 +71,7 @@ def lpips(
       resolution: both images are resized bilinearly to this height and width; None leaves them.
       dtype: of the convolutions and their activations; None is the images', float32 at least.
         Images are resized and activations compared in float32 whatever it is.
+      precision: "highest", "high" or "default", of float32 convolutions (see dmd_jax.precision).
 
     Returns:
       [B], zero for equal images; float32, or float64 of float64 images and parameters.
@@ -80,7 +82,10 @@ def lpips(
     """
     if x.shape != y.shape:
         raise UserError(f"LPIPS of images of shapes {x.shape} and {y.shape}; expected equal shapes")
-    of_x, of_y = (_blocks(params["vgg16"], images, pooling, resolution, dtype) for images in (x, y))
+    with at_precision(precision):
+        of_x, of_y = (
+            _blocks(params["vgg16"], images, pooling, resolution, dtype) for images in (x, y)
+        )
     total = 0.0
     for block, (a, b) in enumerate(zip(of_x, of_y), 1):
         total += _of_block(a, b, params["heads"][f"block{block}"])
@@ -103,7 +108,7 @@ def vgg16_features(params: Any, x: jax.Array, *, resolution: int | None = 224) -
     Raises:
       UserError: images without three channels or too small.
     """
-    with jax.default_matmul_precision("highest"):
+    with at_precision("highest"):
         return _blocks(params["vgg16"], x, "max", resolution)[-1].mean(axis=(1, 2))
 
 

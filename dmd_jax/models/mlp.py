@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dmd_jax.errors import UserError
 from dmd_jax.models.layers import FourierEmbedding, dense, positional_embedding
 from dmd_jax.models.unet import RawNetwork
+from dmd_jax.precision import at_own_precision
 
 
 class MLP(nn.Module, RawNetwork):
@@ -29,6 +30,7 @@ class MLP(nn.Module, RawNetwork):
     fourier_scale: float = 1.0  # standard deviation of the Fourier frequencies, in cycles
     zero_init: bool = False  # the last layer starts at zero: the denoiser starts as c_skip x_t
     dtype: jnp.dtype = jnp.float32  # of the hidden layers; parameters are float32
+    precision: str = "highest"  # of float32 products, see dmd_jax.precision
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,6 +49,7 @@ class MLP(nn.Module, RawNetwork):
         return (self.dim,)
 
     @nn.compact
+    @at_own_precision
     def __call__(
         self,
         x: jax.Array,

@@ -22,6 +22,7 @@ from dmd_jax.models.mlp import MLP
 from dmd_jax.models.remat import REMATS
 from dmd_jax.models.songunet import SongUNet
 from dmd_jax.models.unet2d_condition import UNet2DConditionModel
+from dmd_jax.precision import PRECISIONS
 
 # Options of the denoiser around a network rather than of the network: annotation and default.
 _EDM = {"sigma_data": ("float", 0.5)}
@@ -52,12 +53,16 @@ _NETWORKS = DENOISERS | {
     "clip_vision": (CLIPVision, {}),
 }
 # Fields that a mapping does not hold: Linen's own, and those that are arguments of the builders.
-_INTERNAL = ("parent", "name", "dtype", "remat")
+_INTERNAL = ("parent", "name", "dtype", "precision", "remat")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def build_network(
-    network: Mapping[str, Any], *, dtype: str = "float32", remat: str = "none"
+    network: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    precision: str = "highest",
+    remat: str = "none",
 ) -> nn.Module:
     """The network that `network` describes, be it a denoiser's or not.
 
@@ -70,6 +75,8 @@ def build_network(
         ("epsilon", "v_prediction" or "sample"), and for its schedule "beta_start" (0.00085),
         "beta_end" (0.012) and "num_train_timesteps" (1000).
       dtype: "float32" or "bfloat16", what it computes in. Parameters are float32 in both.
+      precision: "highest", "high" or "default", of float32 products (see dmd_jax.precision): of all
+        in float32, and in bfloat16 of the few that are float32 there too.
       remat: what the backward pass computes again rather than keeps: "none", "full" or "dots"
         (see models.remat); the last two are for U-Nets.
 
@@ -77,10 +84,13 @@ def build_network(
       A Linen module; a GaussianMixture for "gaussian_mixture", which is none.
 
     Raises:
-      UserError: an unknown name, option, dtype or remat, a missing option, or a bad value.
+      UserError: an unknown name, option, dtype, precision or remat, a missing option, or a bad
+        value.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if remat not in REMATS:
         raise UserError(f"remat is {remat!r}; expected one of {', '.join(REMATS)}")
     options = complete(network)
@@ -90,7 +100,7 @@ def build_network(
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     fields = [field.name for field in dataclasses.fields(module)]
     if "dtype" in fields:
-        options["dtype"] = DTYPES[dtype]
+        options |= {"dtype": DTYPES[dtype], "precision": precision}
     if "remat" in fields:
         options["remat"] = remat
     elif remat != "none":

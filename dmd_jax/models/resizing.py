@@ -10,12 +10,14 @@ import numpy as np
 from PIL import Image
 
 
+@jax.named_scope("bilinear")
 def bilinear(images: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Images [B, H, W, C] resized to (height, width), pixels' centres at half-integers.
 
     Nothing is antialiased. This is PyTorch's interpolate(mode="bilinear", align_corners=False).
     """
     shape = (images.shape[0], *size, images.shape[-1])
+    # Its products are at the highest precision, which is jax.image's default.
     return jax.image.resize(images, shape, "linear", antialias=False)
 
 

@@ -30,6 +30,7 @@ from dmd_jax.models.layers import (
 )
 from dmd_jax.models.remat import rematerialised
 from dmd_jax.models.unet import Levels, check_input, check_taps, check_unet
+from dmd_jax.precision import at_own_precision
 
 _CHOICES = {
     "embedding_type": ("positional", "fourier"),
@@ -65,6 +66,7 @@ class SongUNet(nn.Module, Levels):
     decoder_type: str = "standard"
     resample_filter: Sequence[float] = (1, 1)
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+    precision: str = "highest"  # of float32 products, see dmd_jax.precision
     remat: str = "none"  # what the backward pass computes again, see models.remat
 
     def __post_init__(self):
@@ -79,6 +81,7 @@ class SongUNet(nn.Module, Levels):
         check_taps(self)
 
     @nn.compact
+    @at_own_precision
     def __call__(
         self,
         x: jax.Array,

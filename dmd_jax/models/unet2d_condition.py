@@ -28,6 +28,7 @@ from dmd_jax.models.unet2d_blocks import (
     UpBlock2D,
     Upsample2D,
 )
+from dmd_jax.precision import at_own_precision
 
 TOKENS = 77  # of a prompt, padded
 _ATTENDS = "CrossAttn{}Block2D"  # a level's type with attention, and without
@@ -70,6 +71,7 @@ class UNet2DConditionModel(nn.Module):
     use_linear_projection: bool = False
     upcast_attention: bool = False  # logits are float32 here in any case; kept for the export
     dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+    precision: str = "highest"  # of float32 products, see dmd_jax.precision
     remat: str = "none"  # what the backward pass computes again, see models.remat
 
     def __post_init__(self):
@@ -86,6 +88,7 @@ class UNet2DConditionModel(nn.Module):
         return jnp.zeros((1, *self.sample_shape)), jnp.zeros(1), context
 
     @nn.compact
+    @at_own_precision
     def __call__(
         self, x_t: jax.Array, time: jax.Array, context: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:

@@ -33,6 +33,8 @@ def metadata(**changes):
         shard_size=5,
         sample_shape=SHAPE,
         num_classes=10,
+        compute_dtype="float32",
+        matmul_precision="highest",
     )
     return PairsMetadata(**(values | changes))
 
@@ -105,8 +107,23 @@ def test_metadata_file(folder):
         "sample_shape": [4, 4, 3],
         "dtype": "float32",
         "num_classes": 10,
+        "compute_dtype": "float32",
+        "matmul_precision": "highest",
     }
     assert open_pairs(folder).metadata == metadata()
+
+
+def test_pairs_that_do_not_say_their_precision_are_read_and_not_gone_on_with(folder):
+    path = folder / "metadata.json"
+    values = json.loads(path.read_text())
+    del values["compute_dtype"], values["matmul_precision"]
+    path.write_text(json.dumps(values))
+    found = open_pairs(folder).metadata
+    assert found == metadata(compute_dtype=None, matmul_precision=None)
+    with pytest.raises(UserError, match="compute_dtype None there, 'float32' now; matmul_precisi"):
+        write_pairs(folder, metadata(), make_shard)
+    with pytest.raises(UserError, match="matmul_precision is 3, expected text, or null"):
+        metadata(matmul_precision=3)
 
 
 def test_threads_and_pickles_read_the_same(folder):

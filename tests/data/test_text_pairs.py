@@ -30,6 +30,8 @@ COMMON = dict(
     num_classes=0,
 )
 TEXT = dict(
+    compute_dtype="bfloat16",
+    matmul_precision="high",
     token_length=LENGTH,
     vocab_size=VOCAB,
     text_encoder_sha256="11" * 32,

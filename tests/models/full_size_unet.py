@@ -34,7 +34,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=16, help="of the latents (default: 16)")
     size = parser.parse_args().size
-    jax.config.update("jax_default_matmul_precision", "highest")
     start = time.monotonic()
 
     import torch

@@ -1,0 +1,278 @@
+"""The precision of every product in the programs that this package builds, read and not run.
+
+A CPU multiplies in float32 whatever the precision is: no number that it computes would tell.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from diffusers_folder import TAESD, TEXT, UNET, UNET_V2, VAE
+from jax import lax
+from products import products_of
+
+from dmd_jax import samplers, state
+from dmd_jax.config import load_config
+from dmd_jax.distillation.program import abstract_program
+from dmd_jax.errors import UserError
+from dmd_jax.experiment import check_ranges
+from dmd_jax.models import abstract_params, build_denoiser, build_network
+from dmd_jax.models.inception import class_logits, inception_template, pool3
+from dmd_jax.models.lpips import lpips, lpips_template, vgg16_features
+from dmd_jax.models.registry import _NETWORKS
+from dmd_jax.schedules import NoiseLevel
+from dmd_jax.sharding import make_mesh
+from dmd_jax.teacher_step import make_teacher_step, teacher_state
+from dmd_jax.text_to_image import TEXT_SAMPLERS, latent_sampler
+
+TINY = str(Path(__file__).parent / "configs" / "tiny.py")
+TEXT_CONFIG = str(Path(__file__).parents[1] / "configs" / "sd15_tiny.py")
+EDM = {
+    "img_resolution": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "label_dim": 2,
+    "augment_dim": 3,
+    "model_channels": 64,
+    "channel_mult": [1, 1],
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+}
+NCSNPP = {
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "decoder_type": "skip",
+    "resample_filter": [1, 3, 3, 1],
+}
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+VISION |= {"num_hidden_layers": 1, "image_size": 8, "patch_size": 4, "projection_dim": 8}
+NETWORKS = {
+    "songunet": {"name": "songunet"} | EDM,
+    "songunet, NCSN++": {"name": "songunet"} | EDM | NCSNPP,
+    "dhariwal": {"name": "dhariwal"} | EDM,
+    "mlp": {"name": "mlp", "dim": 2, "label_dim": 3, "embedding_type": "fourier"},
+    "unet2d_condition": {"name": "unet2d_condition"} | UNET,
+    "unet2d_condition, v2": {"name": "unet2d_condition"} | UNET_V2,
+    "autoencoder_kl": {"name": "autoencoder_kl"} | VAE,
+    "autoencoder_tiny": {"name": "autoencoder_tiny"} | TAESD,
+    "clip_text": {"name": "clip_text", "with_projection": True} | TEXT,
+    "clip_vision": {"name": "clip_vision"} | VISION,
+}
+# What is float32 in a network that computes in bfloat16: embeddings, and the first and last layer.
+FLOAT32 = (
+    *("map_label", "map_augment", "map_layer", "affine", "time_embedding", "time_emb_proj"),
+    *("conv_in", "conv_out", "aux_conv", "out_conv", "/out"),
+)
+RESIZING = "bilinear"  # of images
+LOGITS = "BTNH,BSNH->BNTS"  # of attention, as JAX names them
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def applied(network, **options):
+    """A network's loss (params, inputs) -> a sum of its outputs, and both."""
+    module = build_network(network, **options)
+    inputs = jax.eval_shape(module.example_inputs)
+
+    def loss(params, inputs):
+        outputs = module.apply({"params": params}, *inputs)
+        return sum(leaf.astype(jnp.float32).sum() for leaf in jax.tree.leaves(outputs))
+
+    return loss, abstract_params(network), inputs
+
+
+def check(found, precision):
+    """Products of float32 at that precision; images are resized at the highest in any case."""
+    assert sum(product.precision == (precision, precision) for product in found) > 1
+    for product in found:
+        assert product.dtypes == ("float32", "float32"), product
+        expected = "HIGHEST" if RESIZING in product.name else precision
+        assert product.precision == (expected, expected), product
+
+
+def check_bfloat16(found):
+    """Products of bfloat16, but for those of FLOAT32, which are at the highest precision.
+
+    The gradient of attention's logits is float32 and multiplied by bfloat16 in one pass.
+    """
+    assert any(product.dtypes == ("bfloat16", "bfloat16") for product in found)
+    for product in found:
+        if product.dtypes == ("float32", "float32"):
+            assert product.precision == ("HIGHEST", "HIGHEST"), product
+            assert any(name in product.name for name in (*FLOAT32, RESIZING)), product
+        elif product.dtypes != ("bfloat16", "bfloat16"):
+            assert product.dtypes == ("float32", "bfloat16"), product
+            assert product.precision == ("BF16_BF16_F32",) * 2, (
+                product
+            )  # JAX's own attention says it
+            assert LOGITS in product.name, product
+
+
+def test_the_reader_sees_products_at_the_default_precision():
+    """Under jit, in a scan and a checkpoint, and in gradients: what the other tests would find."""
+
+    def function(x, kernel):
+        many = jax.lax.scan(lambda y, _: (jnp.tanh(y @ kernel), None), x, length=2)[0]
+        images = many.reshape(1, 2, 2, 1)
+        one = kernel[None, None, :1, :1]
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            images, one, (1, 1), "SAME", dimension_numbers=numbers
+        ).sum()
+
+    gradient = jax.jit(jax.grad(jax.checkpoint(function), argnums=(0, 1)))
+    found = products_of(gradient, array(2, 2), array(2, 2))
+    assert len(found) >= 5 and {product.precision for product in found} == {("DEFAULT", "DEFAULT")}
+    with jax.default_matmul_precision("high"):
+        found = products_of(gradient, array(2, 2), array(2, 2))
+    assert {product.precision for product in found} == {("HIGH", "HIGH")}
+
+
+def test_every_network_is_here():
+    assert {network["name"] for network in NETWORKS.values()} == {*_NETWORKS} - {"gaussian_mixture"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_and_their_gradients_are_at_their_own_precision(name):
+    loss, params, inputs = applied(NETWORKS[name])
+    forward = products_of(loss, params, inputs)
+    check(forward, "HIGHEST")
+    for precision in ("highest", "high"):
+        loss, params, inputs = applied(NETWORKS[name], precision=precision)
+        with jax.default_matmul_precision("bfloat16"):  # whatever the caller's is
+            both = products_of(jax.grad(loss), params, inputs)
+        check(both, precision.upper())
+        assert len(both) > len(forward)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_in_bfloat16_multiply_bfloat16(name):
+    loss, params, inputs = applied(NETWORKS[name], dtype="bfloat16")
+    found = products_of(jax.grad(loss), params, inputs)
+    check_bfloat16(found)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("name", ["songunet", "dhariwal", "unet2d_condition"])
+def test_what_is_computed_again_is_at_that_precision(name, remat):
+    loss, params, inputs = applied(NETWORKS[name], remat=remat)
+    check(products_of(jax.grad(loss), params, inputs), "HIGHEST")
+
+
+def test_judges_are_float32():
+    images, params = array(2, 32, 32, 3), lpips_template()
+    distance = lambda p, x, y: lpips(p, x, y, resolution=48).sum()  # noqa: E731
+    gradient = jax.grad(distance, argnums=(0, 1))
+    check(products_of(gradient, params, images, images), "HIGHEST")
+    features = functools.partial(vgg16_features, resolution=40)
+    check(products_of(features, params, images), "HIGHEST")
+    for preprocessing in ("pytorch_fid", "tensorflow"):
+        pooled = functools.partial(pool3, preprocessing=preprocessing)
+        check(products_of(pooled, inception_template(), images), "HIGHEST")
+    (product,) = products_of(class_logits, inception_template(), array(2, 2048))
+    assert product.precision == ("HIGHEST", "HIGHEST")
+
+
+def test_lpips_takes_a_precision_and_a_dtype():
+    images, params = array(2, 32, 32, 3), lpips_template()
+
+    def found(**options):
+        distance = lambda p, x, y: lpips(p, x, y, resolution=None, **options).sum()  # noqa: E731
+        return products_of(jax.grad(distance, argnums=1), params, images, images)
+
+    check(found(precision="high"), "HIGH")
+    assert {product.dtypes for product in found(dtype="bfloat16")} == {("bfloat16", "bfloat16")}
+
+
+@pytest.mark.parametrize("sampler", ["one_step", "heun", "euler"])
+def test_samplers_of_images(sampler):
+    denoiser = build_denoiser(NETWORKS["songunet"])
+    options = {"num_steps": 2, "key": jax.random.key(0)}
+    if sampler == "one_step":
+        options = {"schedule": denoiser.schedule}
+    sample = functools.partial(getattr(samplers, sampler), denoiser.denoise, **options)
+    params, z = abstract_params(NETWORKS["songunet"]), array(2, *denoiser.sample_shape)
+    check(products_of(sample, params, z, array(2, dtype=jnp.int32)), "HIGHEST")
+
+
+@pytest.mark.parametrize("sampler", TEXT_SAMPLERS)
+def test_samplers_of_latents(sampler):
+    network, guidance = NETWORKS["unet2d_condition"], 1.0 if sampler == "one-step" else 3.0
+    denoiser = build_denoiser(network)
+    sampling = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+    sample = latent_sampler(sampler, denoiser, 4, guidance, sampling)
+    cond = array(2, *denoiser.cond_shape)
+    z = array(2, *denoiser.sample_shape)
+    check(products_of(sample, abstract_params(network), z, cond, cond), "HIGHEST")
+
+
+def text_config():
+    config = load_config(TEXT_CONFIG, [])
+    config.text.text_encoder = {"name": "clip_text", "max_position_embeddings": 77} | TEXT
+    config.text.taesd = {"name": "autoencoder_tiny"} | TAESD
+    config.lpips.resolution = 32
+    return config
+
+
+def grey_config():
+    return load_config(TINY, ["--config.distance=lpips", "--config.lpips.repeat_grey=True"])
+
+
+@pytest.mark.parametrize("make", [grey_config, text_config])
+def test_training_steps(make):
+    """Generator, matching loss, regression by LPIPS, fake score, and in text all of its parts."""
+
+    def found(**values):
+        config = make()
+        config.update(values)
+        check_ranges(config)
+        program = abstract_program(config, make_mesh(devices=jax.devices()[:1]))
+        return products_of(program.step(config), *program.arguments(config))
+
+    check(found(), "HIGHEST")
+    check(found(matmul_precision="high"), "HIGH")
+    check_bfloat16(found(compute_dtype="bfloat16"))
+
+
+def test_teachers_steps():
+    for precision in ("highest", "high"):
+        denoiser = build_denoiser(NETWORKS["songunet"], precision=precision)
+        constant = {"learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.0, "clip_norm": 1.0}
+        optimizer = state.adamw(**constant)
+        step = make_teacher_step(
+            denoiser.denoise,
+            optimizer=optimizer,
+            learning_rate=state.warmup(1e-3, 1),
+            conditional=True,
+            p_mean=-1.2,
+            p_std=1.2,
+            ema_decay=0.9,
+        )
+        start = functools.partial(teacher_state, optimizer=optimizer, seed=0)
+        begun = jax.eval_shape(start, abstract_params(NETWORKS["songunet"]))
+        batch = {"x0": array(2, *denoiser.sample_shape), "label": array(2, dtype=jnp.int32)}
+        check(products_of(step, begun, batch), precision.upper())
+
+
+def test_denoisers_take_the_precision():
+    level = NoiseLevel(*[array(2)] * 3)
+    for name in ("songunet", "dhariwal", "unet2d_condition"):
+        denoiser = build_denoiser(NETWORKS[name], precision="high")
+        cond = None if denoiser.cond_shape is None else array(2, *denoiser.cond_shape)
+        arguments = abstract_params(NETWORKS[name]), array(2, *denoiser.sample_shape), level, cond
+        check(products_of(denoiser.denoise, *arguments), "HIGH")
+
+
+def test_unknown_precisions_are_refused():
+    with pytest.raises(UserError, match="precision is 'tf32'; expected one of highest, high, defa"):
+        build_network(NETWORKS["mlp"], precision="tf32")
+    for key in ("matmul_precision", "pairs.matmul_precision"):
+        config = load_config(TINY, [f"--config.{key}=bf16"])
+        with pytest.raises(UserError, match=f"config.{key} is 'bf16'; expected one of highest"):
+            check_ranges(config)
