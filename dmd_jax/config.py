@@ -65,7 +65,7 @@ def default_config() -> ConfigDict:
     config.remat = "none"  # or full, dots: what a U-Net computes again, for memory (models.remat)
     config.guidance = 1.0  # classifier-free, of the teacher alone, for text; 1 is none
     config.guidance_at_once = True  # in one call of twice the batch; or in two, for memory
-    # Real images: digits, a folder or zip of PNGs, an .npz, idx files, or tfds:NAME:SPLIT;
+    # Real images: digits, a folder or zip of images, an .npz, idx files, or tfds:NAME:SPLIT;
     # "pad2:" before any of them adds two black pixels at each side.
     config.images = ""
 

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference",
         required=True,
         metavar="SOURCE",
-        help="real images: digits, a folder or zip of PNGs, an .npz, idx files, tfds:NAME:SPLIT; "
+        help="real images: digits, a folder or zip of images, an .npz, idx files, tfds:NAME:SPLIT; "
         "or statistics: an .npz of mu and sigma, or EDM2's .pkl",
     )
     parser.add_argument(
@@ -278,7 +278,8 @@ def _subject(args: argparse.Namespace, conventions: Conventions) -> Subject:
     samples = LabelledSamples(
         maker, args.seed, labels=conventions.labels, bytes_rule=conventions.bytes
     )
-    return Subject(samples, settings, {}, weights.description, lambda rows: {})
+    names = {"class_names": weights.class_names} if weights.class_names else {}
+    return Subject(samples, settings, names, weights.description, lambda rows: {})
 
 
 def _names(args: argparse.Namespace) -> list[str]:

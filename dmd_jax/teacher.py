@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from dmd_jax import loop, samplers, state
 from dmd_jax.arguments import add_run_arguments, run_config
 from dmd_jax.data.images import open_images
 from dmd_jax.data.loader import batches
+from dmd_jax.data.sources import ClassNames
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import (
     abstract_state,
@@ -26,10 +28,11 @@ from dmd_jax.pictures import grid, to_uint8, viewing_scale
 from dmd_jax.profiling import add_profile_argument, profiled_steps
 from dmd_jax.sharding import check_batch_size, on_rows, own_rows, replicated
 from dmd_jax.teacher_step import make_teacher_step, teacher_state
-from dmd_jax.weights import Weights, save_weights
+from dmd_jax.weights import CLASSES_FILE, Weights, save_class_names, save_weights
 from dmd_jax.workdir_lock import locked
 
 PREVIEW_COUNT = 40
+NAMES_SHOWN = 40
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
             f"{images.num_classes} classes; config.network expects {denoiser.sample_shape} and "
             f"{denoiser.num_classes}"
         )
+    _announce(images.class_names, args.workdir)
     optimizer = state.adamw(
         learning_rate=options.learning_rate,
         warmup_steps=options.warmup_steps,
@@ -121,9 +125,22 @@ def run(args: argparse.Namespace) -> None:
         if jax.process_index() == 0:
             network = config.network.to_dict()
             description = f"EDM teacher of {config.images}, EMA after {int(final.step)} steps"
-            save_weights(
-                args.workdir / "weights", Weights(network, jax.device_get(params), description)
+            weights = Weights(
+                network, jax.device_get(params), description, class_names=images.class_names
             )
+            save_weights(args.workdir / "weights", weights)
+
+
+def _announce(names: ClassNames, workdir: Path) -> None:
+    """Prints which label each class has, and keeps the names for the run's checkpoints."""
+    if names is None or jax.process_index() > 0:
+        return
+    shown = [f"{label} {name}" for label, name in enumerate(names) if name is not None]
+    if len(shown) > NAMES_SHOWN:
+        half = NAMES_SHOWN // 2
+        shown[half:-half] = [f"… {len(shown) - 2 * half:,} more in {workdir / CLASSES_FILE} …"]
+    print(f"teacher: classes by label: {', '.join(shown)}", flush=True)
+    save_class_names(workdir, names)
 
 
 def _preview(config, denoiser, shardings, mesh):

@@ -32,7 +32,7 @@ from dmd_jax.sharding import (
     replicated,
 )
 from dmd_jax.train_step import EVERY_STEP
-from dmd_jax.weights import Weights, save_weights
+from dmd_jax.weights import Weights, save_class_names, save_weights
 from dmd_jax.workdir_lock import locked
 
 
@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
         where = f"config.stages[{number}]" if number < len(config.stages) else "config"
         check_batches(part, mesh, where)
     teacher = teacher_of(config)
+    if jax.process_index() == 0:
+        save_class_names(args.workdir, teacher.class_names)
     setting = setting_of(config, teacher)
     method = setting.method
     for _, part in parts:
@@ -94,7 +96,12 @@ def run(args: argparse.Namespace) -> None:
         params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(trained)
         if jax.process_index() == 0:
             description = f"one-step generator, distilled for {int(final.step)} steps"
-            weights = Weights(teacher.network, jax.device_get(params), description)
+            weights = Weights(
+                teacher.network,
+                jax.device_get(params),
+                description,
+                class_names=teacher.class_names,
+            )
             save_weights(args.workdir / "weights", weights)
 
 

@@ -21,9 +21,11 @@ from dmd_jax.convert.given_folder import answered
 from dmd_jax.errors import UserError
 from dmd_jax.files import path_of, write_json
 from dmd_jax.local_copies import local_copy
-from dmd_jax.models import Denoiser, abstract_params, build_denoiser
+from dmd_jax.models import Denoiser, abstract_params, build_denoiser, complete
 from dmd_jax.safetensors_stream import write_safetensors
 
+# In a run's workdir: the names of the classes that its weights get in their config.json.
+CLASSES_FILE = "classes.json"
 # Where a run's checkpoint holds the network that it is for, best first.
 TRAINED = ("ema", "generator/params", "teacher/params")
 
@@ -35,6 +37,8 @@ class Weights(NamedTuple):
     params: Any  # nested dict of NumPy arrays
     description: str  # where they come from
     source: dict[str, str] | None = None  # "file" and "sha256" of what they were converted from
+    # By label, None for one without a name; None as a whole where the training data have no names.
+    class_names: tuple[str | None, ...] | None = None
 
 
 def packaged(name: str) -> Path:
@@ -78,9 +82,36 @@ def save_leaves(folder: Path, weights: Weights, leaf_of: Callable[[str], np.ndar
         }
         if weights.source is not None:
             config["source"] = weights.source
+        if weights.class_names is not None:
+            config["class_names"] = list(weights.class_names)
         write_json(folder / "config.json", config)
     except OSError as error:
         raise UserError(f"weights could not be written to {folder}: {error}") from error
+
+
+def save_class_names(workdir: Path, names: tuple[str | None, ...] | None) -> None:
+    """Writes a run's classes.json, by which its checkpoints are weights with names as well.
+
+    Args:
+      names: by label; None writes nothing.
+
+    Raises:
+      UserError: it cannot be written, or the run began with other names.
+    """
+    if names is None:
+        return
+    path = workdir / CLASSES_FILE
+    if answered(path.exists):
+        if _read_json(path, needs="class_names")["class_names"] != list(names):
+            raise UserError(
+                f"{path}: the run began with other names of classes; expected the same data, or "
+                "another --workdir"
+            )
+        return
+    try:
+        write_json(path, {"class_names": list(names)})
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def load_weights(folder: Path) -> Weights:
@@ -145,6 +176,21 @@ def _network(config: Any, folder: Path) -> dict[str, Any]:
     return network
 
 
+def _class_names(
+    content: dict[str, Any], network: dict[str, Any], path: Path
+) -> tuple[str | None, ...] | None:
+    """The names that a JSON file gives the network's classes; None from a file without them."""
+    names = content.get("class_names")
+    if names is None:
+        return None
+    count = complete(network).get("label_dim", 0)
+    if not isinstance(names, list) or not all(isinstance(one, str | None) for one in names):
+        raise UserError(f"{path}: class_names is {names!r:.100}; expected a list of names")
+    if len(names) != count:
+        raise UserError(f"{path}: has {len(names)} class_names; expected {count}, one a class")
+    return tuple(names)
+
+
 def _load_folder(folder: Path) -> Weights:
     config = _read_json(folder / "config.json", needs="network")
     try:
@@ -163,7 +209,8 @@ def _load_folder(folder: Path) -> Weights:
     check_same_architecture(flat, expected, folder)
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
     description = config.get("description", str(folder))
-    return Weights(network, params, description, config.get("source"))
+    names = _class_names(config, network, folder / "config.json")
+    return Weights(network, params, description, config.get("source"), names)
 
 
 def _load_workdir(folder: Path) -> Weights:
@@ -174,7 +221,11 @@ def _load_workdir(folder: Path) -> Weights:
     step, name, params = found
     network = _network(config, folder)
     check_same_architecture(params, abstract_params(network), folder)
-    return Weights(network, params, f"{folder} at step {step}, {name}")
+    names = None
+    if answered((folder / CLASSES_FILE).exists):
+        content = _read_json(folder / CLASSES_FILE, needs="class_names")
+        names = _class_names(content, network, folder / CLASSES_FILE)
+    return Weights(network, params, f"{folder} at step {step}, {name}", class_names=names)
 
 
 def _read_json(path: Path, *, needs: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The commands from end to end on a tiny network: what they write, and that it can be used."""
 
+import json
+
 import jax
 import numpy as np
 from commands import TINY, succeeds
@@ -111,6 +113,26 @@ def test_workdir_alone_goes_on_and_a_finished_run_is_left_as_it_is(trained, caps
     assert "going on from step 12" in capsys.readouterr().err
     assert params_sha256(load_weights(trained).params) == params_sha256(before.params)
     assert before.description.endswith("at step 12, ema")
+
+
+def test_names_of_classes_go_from_folders_to_weights_and_results(tmp_path, capsys):
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    for index, name in enumerate(names):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 20 * index).save(tmp_path / "real" / name / "0.jpg")
+    in_order = sorted(names)
+    run = ("teacher", "--config", TINY, "--workdir", tmp_path / "run")
+    succeeds(*run, f"--config.images={tmp_path / 'real'}")
+    expected = ", ".join(f"{label} {name}" for label, name in enumerate(in_order))
+    assert f"teacher: classes by label: {expected}\n" in capsys.readouterr().out
+    for folder in (tmp_path / "run" / "weights", tmp_path / "run"):
+        assert load_weights(folder).class_names == tuple(in_order)
+    succeeds(
+        *("evaluate", "--weights", tmp_path / "run", "--sampler", "heun", "--steps", 1),
+        *("--reference", tmp_path / "real", "--num", 16, "--batch-size", 16),
+        *("--precision-recall", 0, "--out", tmp_path / "results.json"),
+    )
+    assert json.loads((tmp_path / "results.json").read_text())["class_names"] == in_order
 
 
 def test_teacher_learns(tmp_path):

@@ -15,6 +15,7 @@ from dmd_jax.weights import (
     load_weights,
     packaged,
     params_sha256,
+    save_class_names,
     save_leaves,
     save_weights,
 )
@@ -37,6 +38,41 @@ def test_round_trip_to_the_bit(folder):
         np.testing.assert_array_equal(a, b)
     config = json.loads((path / "config.json").read_text())
     assert config["params_sha256"] == params_sha256(found.params) == params_sha256(params)
+
+
+CONDITIONAL = {"name": "songunet", "img_resolution": 8, "in_channels": 1, "out_channels": 1}
+CONDITIONAL |= {
+    "label_dim": 3,
+    "model_channels": 8,
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attn_resolutions": [],
+}
+
+
+def test_names_of_classes_are_kept_and_checked(tmp_path):
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(CONDITIONAL))
+    names = ("ant", None, "dög")
+    save_weights(tmp_path, Weights(CONDITIONAL, params, "a test's", class_names=names))
+    assert load_weights(tmp_path).class_names == names
+    config = json.loads((tmp_path / "config.json").read_text())
+    for wrong in (["ant"], ["a", "b", 3], "abc", {"a": 1}):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"class_names": wrong}))
+        with pytest.raises(UserError, match="config.json: .*class_names"):
+            load_weights(tmp_path)
+    del config["class_names"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_weights(tmp_path).class_names is None
+
+
+def test_a_run_with_other_names_of_classes_is_refused(tmp_path):
+    save_class_names(tmp_path, None)
+    assert not list(tmp_path.iterdir())
+    save_class_names(tmp_path, ("a", "b"))
+    save_class_names(tmp_path, ("a", "b"))
+    with pytest.raises(UserError, match="classes.json: the run began with other names"):
+        save_class_names(tmp_path, ("b", "a"))
+    assert json.loads((tmp_path / "classes.json").read_text()) == {"class_names": ["a", "b"]}
 
 
 @pytest.mark.parametrize(

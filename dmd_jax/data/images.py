@@ -2,7 +2,8 @@
 
 A source gives `len(source)`, `source[i] -> {"x0": float32 [H, W, C] in [-1, 1], "label": int32}`,
 `sample_shape` (H, W, C) and `num_classes`; 0 classes means that there are no labels, and "label"
-is then 0. Bytes b become b / 127.5 - 1.
+is then 0. `class_names` has the names of the classes by label where the data have them, else None.
+Bytes b become b / 127.5 - 1.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from dmd_jax.data import idx, png
-from dmd_jax.data.sources import ArraySource, ImageSource, PaddedSource, PngSource, TfdsSource
+from dmd_jax.data import idx
+from dmd_jax.data.image_files import ImageFolder, ImageZip
+from dmd_jax.data.sources import ArraySource, FileSource, ImageSource, PaddedSource, TfdsSource
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import in_bucket, path_of
 from dmd_jax.local_copies import local_copy
 from dmd_jax.stand_ins import check_real_file, dangling_link
 
 FORMS = (
-    '"digits", a folder or .zip of PNG files, an .npz, an idx file or a folder of them, '
-    "or tfds:NAME[/CONFIG]:SPLIT, and padN: before any of these"
+    '"digits", a folder or .zip of images (PNG, JPEG, WebP, BMP, TIFF), an .npz, an idx file or a '
+    "folder of them, or tfds:NAME[/CONFIG]:SPLIT, and padN: before any of these"
 )
 
 
@@ -32,8 +34,8 @@ def open_images(source: str, *, resolution: int | None = None) -> ImageSource:
     Args:
       source: one of
         "digits": scikit-learn's 1,797 digits, 8x8x1, ten classes, x / 8 - 1 exactly;
-        a folder or .zip of PNG files, searched through and sorted by name, labels as
-        `png.read_labels` says; read when asked for;
+        a folder or .zip of PNG, JPEG, WebP, BMP and TIFF files, searched through and sorted by
+        name, labels as `read_labels` says; read when asked for;
         an .npz: the array "images", or the only one with four dimensions, NHWC, uint8 or float
         in [-1, 1], and optionally integer "labels" [N], under any name if there is just one array
         of such labels; float images of which no value is below 0 are refused, since they are of
@@ -49,7 +51,7 @@ def open_images(source: str, *, resolution: int | None = None) -> ImageSource:
       resolution: the expected H = W in pixels; None takes any.
 
     Raises UserError, naming the file or key, for what cannot be read, is empty, or has not one
-    square shape. At most 128 PNG files, evenly spread, are read for that at once; the others
+    square shape. At most 128 files, evenly spread, are read for that at once; the others
     are checked as they are read.
     """
     padded = re.match(r"pad(\d{1,3}):", source)
@@ -102,13 +104,13 @@ def _open_path(source: str) -> ImageSource:
         if found is not None:
             return _open_idx(found)
         if split is None:
-            return PngSource(png.PngFolder(path))
+            return FileSource(ImageFolder(path))
     if split is not None:
         raise UserError(f"{source}: #{split} is for a folder that holds that split's idx files")
     if path.suffix == ".npz":
         return _open_npz(path)
     if path.suffix == ".zip":
-        return PngSource(png.PngZip(path))
+        return FileSource(ImageZip(path))
     if idx.is_images_file(path):
         return _open_idx(path)
     raise UserError(f"{source}: unknown kind of file, expected {FORMS}")

@@ -1,4 +1,4 @@
-"""Kinds of image sources: arrays in memory, PNG files, TensorFlow data sets, and padding.
+"""Kinds of image sources: arrays in memory, image files, TensorFlow data sets, and padding.
 
 What a source gives is said in dmd_jax.data.images, which opens them.
 """
@@ -11,8 +11,12 @@ from typing import Protocol
 
 import numpy as np
 
-from dmd_jax.data import png
+from dmd_jax.data.class_labels import read_labels
+from dmd_jax.data.image_files import ImageFolder, ImageZip, decode_image
 from dmd_jax.errors import UserError, first_line
+
+# By label, None for a number without a name; None as a whole where the data have no names.
+ClassNames = tuple[str | None, ...] | None
 
 MAX_CLASSES = 1_000_000
 CHECKED_AT_OPENING = 128
@@ -23,6 +27,7 @@ class ImageSource(Protocol):
 
     sample_shape: tuple[int, int, int]
     num_classes: int
+    class_names: ClassNames
 
     def __len__(self) -> int: ...
 
@@ -36,6 +41,8 @@ def bytes_to_float(pixels: np.ndarray) -> np.ndarray:
 
 class ArraySource:
     """Images held in memory: [N, H, W, C], uint8, or float32 in [-1, 1] already."""
+
+    class_names = None
 
     def __init__(self, images: np.ndarray, labels: np.ndarray | None, where: str):
         if images.ndim != 4 or images.size == 0:
@@ -60,7 +67,7 @@ class PaddedSource:
 
     def __init__(self, images: ImageSource, padding: int):
         self._images, self._padding = images, padding
-        self.num_classes = images.num_classes
+        self.num_classes, self.class_names = images.num_classes, images.class_names
         height, width, channels = images.sample_shape
         self.sample_shape = (height + 2 * padding, width + 2 * padding, channels)
 
@@ -73,15 +80,17 @@ class PaddedSource:
         return example | {"x0": np.pad(example["x0"], edges, constant_values=-1)}
 
 
-class PngSource:
-    """PNG files read one by one when they are asked for."""
+class FileSource:
+    """Image files read one by one when they are asked for."""
 
-    def __init__(self, files: png.PngFolder | png.PngZip):
+    def __init__(self, files: ImageFolder | ImageZip):
         if not files.names:
-            raise UserError(f"{files.path}: holds no PNG file, expected at least one")
+            raise UserError(f"{files.path}: holds no image file, expected at least one")
         self._files = files
+        labels = read_labels(files)
+        self.class_names = None if labels is None else labels.names
         self._labels, self.num_classes = _check_labels(
-            png.read_labels(files), len(files.names), str(files.path)
+            None if labels is None else labels.values, len(files.names), str(files.path)
         )
         self.sample_shape = self._pixels(0).shape
         for index in range(0, len(self), -(-len(self) // CHECKED_AT_OPENING)):
@@ -89,7 +98,7 @@ class PngSource:
 
     def _pixels(self, index: int) -> np.ndarray:
         name = self._files.names[index]
-        return png.decode_png(self._files.read(name), f"{self._files.path}: {name}")
+        return decode_image(self._files.read(name), f"{self._files.path}: {name}")
 
     def __len__(self) -> int:
         return len(self._files.names)
@@ -130,11 +139,12 @@ class TfdsSource:
             raise UserError(f"{source}: holds no example, expected at least one")
         self._source = source
         self._image_key = _image_key(features, tfds.features.Image, source)
-        self.num_classes = 0
+        self.num_classes, self.class_names = 0, None
         if "label" in features:
             self.num_classes = getattr(features["label"], "num_classes", None)
             if not self.num_classes:
                 raise UserError(f'{source}: the feature "label" is no ClassLabel with its classes')
+            self.class_names = tuple(features["label"].names)
         self.sample_shape = self._example(0)[self._image_key].shape
         self[0]
 

@@ -1,4 +1,4 @@
-"""Folders and zips of PNG files."""
+"""Folders and zips of image files."""
 
 import io
 import json
@@ -109,11 +109,11 @@ def test_folders_of_one_number_are_refused(write):
 
 
 def test_what_is_passed_over_is_counted(write, capsys):
-    source = write({"a.png": png(0), "b.jpg": b"x", "c.JPG": b"x", "d": b"x"})
+    source = write({"a.png": png(0), "b.gif": b"x", "c.GIF": b"x", "d": b"x"})
     assert len(open_images(str(source))) == 1
     said = capsys.readouterr().err
-    assert "1 PNG files are read; passed over: " in said
-    assert "2 of .jpg" in said and "1 of no suffix" in said
+    assert "1 image files are read; passed over: " in said
+    assert "2 of .gif" in said and "1 of no suffix" in said
 
 
 def test_names_of_dataset_json_may_be_composed_otherwise(write):
@@ -199,14 +199,14 @@ GOOD = {"a.png": png(1), "b.png": png(2)}
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({"readme.txt": b""}, "holds no PNG file"),
-        (GOOD | {"c.png": png(1)[:40]}, "c.png: cannot be read as a PNG"),
-        (GOOD | {"c.png": b""}, "c.png: cannot be read as a PNG"),
+        ({"readme.txt": b""}, "holds no image file"),
+        (GOOD | {"c.png": png(1)[:40]}, "c.png: cannot be read as PNG"),
+        (GOOD | {"c.png": b""}, "c.png: is empty; expected PNG, JPEG, WEBP, BMP, TIFF"),
         (GOOD | {"c.png": png(1, size=(5, 5))}, r"c.png has shape \(5, 5, 1\), expected \(4, 4, 1"),
         (GOOD | {"c.png": png((1, 2, 3), mode="RGB")}, r"c.png has shape \(4, 4, 3\)"),
         ({"a.png": png(1, size=(4, 3))}, "3x4x1, expected square"),
         ({"a.png": png((1, 2, 3, 4), mode="RGBA")}, "a.png: a PNG of mode RGBA, expected 8-bit"),
-        ({"a.png": png(1, mode="I;16")}, "a.png: a PNG of mode I;16"),
+        ({"a.png": png(1, mode="I;16")}, "a.png: a PNG of 16 bits a sample"),
         (GOOD | {"x/c.png": png(1)}, "a.png lies beside the sub-folders"),
         (GOOD | {"dataset.json": b"{"}, "dataset.json is not readable as JSON"),
         (GOOD | {"dataset.json": b"\xff\xfe"}, "dataset.json is not readable as JSON"),
