@@ -48,8 +48,8 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
     """
     try:
         return unsealed(json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 

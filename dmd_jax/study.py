@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ from dmd_jax.auxiliary import LPIPS, describe_auxiliary
 from dmd_jax.cli import run_step
 from dmd_jax.data.pairs_metadata import read_metadata
 from dmd_jax.errors import UserError
-from dmd_jax.files import path_of, write_json
+from dmd_jax.files import path_of
 from dmd_jax.generation import ImageMaker, draw_latents
+from dmd_jax.seals import read_sealed, write_sealed
 from dmd_jax.weights import load_weights
 
 COLUMNS = 20  # images of a row in the picture
@@ -130,7 +130,7 @@ class Study(NamedTuple):
         run_step("evaluate", "--weights", weights, *arguments, "--out", out)
         results = _read(out)
         try:
-            write_json(path, {"settings": settings, "results": results})
+            write_sealed(path, {"settings": settings, "results": results})
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error}") from error
         return results
@@ -148,9 +148,8 @@ def _contents(config: ConfigDict, pairs: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file's content; nothing where there is none that can be read."""
+    """A JSON file's content; nothing where there is none that can be read and is as it was."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_sealed(path)[0]
+    except (FileNotFoundError, UserError):
         return {}
-    return content if isinstance(content, dict) else {}

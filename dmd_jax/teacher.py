@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> None:
     }
     batch = on_rows(batch, mesh)
     with locked(args.workdir, first=jax.process_index() == 0):
+        if jax.process_index() == 0:
+            save_class_names(args.workdir, images.class_names)
         final = loop.run(
             name="teacher",
             workdir=args.workdir,
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _announce(names: ClassNames, workdir: Path) -> None:
-    """Prints which label each class has, and keeps the names for the run's checkpoints."""
+    """Prints which label each class has."""
     if names is None or jax.process_index() > 0:
         return
     shown = [f"{label} {name}" for label, name in enumerate(names) if name is not None]
@@ -140,7 +142,6 @@ def _announce(names: ClassNames, workdir: Path) -> None:
         half = NAMES_SHOWN // 2
         shown[half:-half] = [f"… {len(shown) - 2 * half:,} more in {workdir / CLASSES_FILE} …"]
     print(f"teacher: classes by label: {', '.join(shown)}", flush=True)
-    save_class_names(workdir, names)
 
 
 def _preview(config, denoiser, shardings, mesh):

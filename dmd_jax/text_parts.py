@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dmd_jax.discrete_samplers import SPACINGS
-from dmd_jax.errors import UserError, first_line
+from dmd_jax.errors import UserError
 from dmd_jax.files import path_of
+from dmd_jax.seals import read_sealed
 from dmd_jax.weights import Weights, load_weights
 
 DECODERS = ("vae", "taesd")
@@ -85,11 +86,9 @@ def load_sampling(parts: str | Path) -> dict[str, Any]:
     """
     path = path_of(parts) / _SCHEDULER
     try:
-        sampling = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
-    if not isinstance(sampling, dict):
-        raise UserError(f"{path} holds no JSON object; expected one")
+        sampling, _ = read_sealed(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} cannot be read: no such file") from error
     for key, expected, fits in (
         ("timestep_spacing", f"one of {', '.join(SPACINGS)}", SPACINGS.__contains__),
         ("steps_offset", "a whole number", lambda value: type(value) is int),

@@ -51,8 +51,6 @@ def run(args: argparse.Namespace) -> None:
         where = f"config.stages[{number}]" if number < len(config.stages) else "config"
         check_batches(part, mesh, where)
     teacher = teacher_of(config)
-    if jax.process_index() == 0:
-        save_class_names(args.workdir, teacher.class_names)
     setting = setting_of(config, teacher)
     method = setting.method
     for _, part in parts:
@@ -77,6 +75,8 @@ def run(args: argparse.Namespace) -> None:
         )
 
     with locked(args.workdir, first=jax.process_index() == 0):
+        if jax.process_index() == 0:
+            save_class_names(args.workdir, teacher.class_names)
         final = loop.run(
             name="train",
             workdir=args.workdir,

@@ -6,7 +6,6 @@ A text-to-image folder is that of its UNet, with such a folder for each other ne
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +18,11 @@ from safetensors.numpy import load_file
 from dmd_jax.checkpoints import check_same_architecture, restore_subtree
 from dmd_jax.convert.given_folder import answered
 from dmd_jax.errors import UserError
-from dmd_jax.files import path_of, write_json
+from dmd_jax.files import path_of
 from dmd_jax.local_copies import local_copy
 from dmd_jax.models import Denoiser, abstract_params, build_denoiser, complete
 from dmd_jax.safetensors_stream import write_safetensors
+from dmd_jax.seals import read_sealed, write_sealed
 
 # In a run's workdir: the names of the classes that its weights get in their config.json.
 CLASSES_FILE = "classes.json"
@@ -84,7 +84,7 @@ def save_leaves(folder: Path, weights: Weights, leaf_of: Callable[[str], np.ndar
             config["source"] = weights.source
         if weights.class_names is not None:
             config["class_names"] = list(weights.class_names)
-        write_json(folder / "config.json", config)
+        write_sealed(folder / "config.json", config)
     except OSError as error:
         raise UserError(f"weights could not be written to {folder}: {error}") from error
 
@@ -109,7 +109,7 @@ def save_class_names(workdir: Path, names: tuple[str | None, ...] | None) -> Non
             )
         return
     try:
-        write_json(path, {"class_names": list(names)})
+        write_sealed(path, {"class_names": list(names)})
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error
 
@@ -230,9 +230,9 @@ def _load_workdir(folder: Path) -> Weights:
 
 def _read_json(path: Path, *, needs: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or needs not in content:
+        content, _ = read_sealed(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} cannot be read: no such file") from error
+    if needs not in content:
         raise UserError(f"{path} holds no {needs!r}; expected a config of weights or of a run")
     return content

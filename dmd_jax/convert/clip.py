@@ -30,8 +30,9 @@ from dmd_jax.convert.torch_layout import torch_key, torch_shape
 from dmd_jax.convert.whole_folder import converted, copy_files, resolved, whole_folder
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation.clip_folder import CLIP_FILE, TEXT, TOKENIZER, Preparation
-from dmd_jax.files import local_path, write_json
+from dmd_jax.files import local_path
 from dmd_jax.models import abstract_params
+from dmd_jax.seals import write_sealed
 from dmd_jax.weights import Weights, save_leaves
 
 _CONFIG, _SCALE = "config.json", "logit_scale"
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             weights = Weights(tower.network, tower.layout, description, source)
             save_leaves(place, weights, meter.watching(tower.leaf))
         copy_files(tokenizer, made / TOKENIZER)
-        write_json(made / CLIP_FILE, dataclasses.asdict(preparation) | {_SCALE: scale})
+        write_sealed(made / CLIP_FILE, dataclasses.asdict(preparation) | {_SCALE: scale})
     counts = " and ".join(f"{tower.network['name']}, {tower.count:,}" for tower in towers.values())
     print(f"convert: {counts} parameters, in {args.out}")
 

@@ -21,7 +21,8 @@ from dmd_jax.convert.part_weights import DIFFUSERS, TRANSFORMERS, has_weights, w
 from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.convert.whole_folder import converted, copy_files, resolved, whole_folder
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.files import file_sha256, local_path, write_json
+from dmd_jax.files import file_sha256, local_path
+from dmd_jax.seals import write_sealed
 from dmd_jax.tokenizer import read_files
 from dmd_jax.weights import Weights, save_leaves
 
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
             weights = Weights(read.network, read.layout, description, source)
             save_leaves(place, weights, meter.watching(read.leaf))
         copy_files(tokenizer, made / "tokenizer")
-        write_json(made / _SAMPLING, scheduler)
+        write_sealed(made / _SAMPLING, scheduler)
     count = parts["unet"].count
     print(f"convert: unet2d_condition, {count:,} parameters, and {', '.join(others)} in {args.out}")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import logging
 import operator
 import os
@@ -26,6 +25,7 @@ from dmd_jax.data.shards_metadata import METADATA_FILE, ShardedMetadata, read_me
 from dmd_jax.errors import UserError
 from dmd_jax.files import in_bucket, path_of, replacing
 from dmd_jax.local_copies import local_folder
+from dmd_jax.seals import write_sealed
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def _claim_folder(folder: Path, metadata: ShardedMetadata, process_index: int) -
         folder.mkdir(parents=True, exist_ok=True)
         # All processes write the same bytes, so it does not matter whose file stays.
         with _appearing(path, f".{process_index}.tmp") as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
+            write_sealed(temporary, dataclasses.asdict(metadata))
     except OSError as error:
         raise _not_written(path, error, kind) from error
 

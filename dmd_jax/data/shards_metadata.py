@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import ClassVar, TypeVar
 
 from dmd_jax.errors import UserError
 from dmd_jax.files import path_of
+from dmd_jax.seals import read_sealed
 
 METADATA_FILE = "metadata.json"
 MAX_SHARDS = 100_000  # a shard's name has five digits
@@ -69,18 +69,16 @@ def read_metadata(folder: str | os.PathLike, *kinds: type[Metadata]) -> Metadata
     """
     path = path_of(folder) / METADATA_FILE
     try:
-        values = json.loads(path.read_bytes())
+        values, _ = read_sealed(path)
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file, expected a folder written by `{kinds[0].KIND}`"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    found = set(values) if isinstance(values, dict) else set()
+    found = set(values)
     keys = {kind: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
     kind = min(kinds, key=lambda kind: len(keys[kind] ^ found))  # the nearest, where none fits
     missing, unknown = keys[kind] - found - set(kind.MAY_LACK), found - keys[kind]
-    if not isinstance(values, dict) or missing or unknown:
+    if missing or unknown:
         raise UserError(f"{path}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
     try:
         return kind(**values)

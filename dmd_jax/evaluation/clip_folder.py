@@ -8,7 +8,6 @@ the cosines were multiplied by in training, which the score does without.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.models import complete
+from dmd_jax.seals import read_sealed
 from dmd_jax.tokenizer import Tokenizer, load_tokenizer
 from dmd_jax.weights import Weights, load_weights
 
@@ -111,7 +111,7 @@ def _load(folder: Path, name: str) -> Weights:
 
 def _load_preparation(path: Path) -> Preparation:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content, _ = read_sealed(path)
         return Preparation(
             **{field.name: content[field.name] for field in dataclasses.fields(Preparation)}
         )
