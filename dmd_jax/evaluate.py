@@ -36,6 +36,7 @@ from dmd_jax.evaluation.parts import Rows, claim, release
 from dmd_jax.evaluation.protocols import Conventions, add_protocol_arguments, protocol_of
 from dmd_jax.evaluation.reference import Reference, open_reference, save_reference
 from dmd_jax.files import local_path, path_of, write_json
+from dmd_jax.generation import DRAWS
 from dmd_jax.models import complete
 from dmd_jax.processes import add_process_arguments, join_processes
 from dmd_jax.provenance import command_line, machine
@@ -186,6 +187,7 @@ def _run(args: argparse.Namespace) -> None:
             "sampler": args.sampler,
             "num_steps": num_steps,
             "seed": args.seed,
+            "draws": DRAWS,
             "num_samples": args.num,
             "batch_size": args.batch_size,
             "dtype": args.dtype,

@@ -18,6 +18,8 @@ from dmd_jax.state import Role, key_data, role_key
 from dmd_jax.weights import Weights, denoiser_of
 
 SAMPLERS = ("one-step", "heun", "euler")
+# By which images of a seed are drawn; what is kept of a seed's images names them beside it.
+DRAWS = {role.name.lower(): int(role) for role in (Role.SAMPLE_LATENTS, Role.SAMPLE_LABELS)}
 
 
 class ImageMaker:
@@ -76,7 +78,7 @@ class ImageMaker:
         """The same, batch by batch."""
         labels = None if self.num_classes == 0 else labels.astype(np.int32)
         for start, count, (part, cond) in self._devices.batches(z, labels):
-            key = role_key(key_data(seed), first + start, Role.SAMPLER)
+            key = role_key(key_data(seed), first + start, Role.SAMPLER_NOISE)
             yield np.asarray(self._sample(self._params, part, cond, key))[:count]
 
 
@@ -131,25 +133,49 @@ def pad_rows(rows: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing else rows
 
 
-def draw_latents(seed: int, start: int, stop: int, sample_shape: tuple[int, ...]) -> np.ndarray:
-    """z ~ N(0, I) for the images start..stop-1, float32; image i's is a function of (seed, i)."""
-    return np.asarray(_latents(key_data(seed), jnp.arange(start, stop), sample_shape))
+def draw_latents(
+    seed: int,
+    start: int,
+    stop: int,
+    sample_shape: tuple[int, ...],
+    *,
+    role: Role = Role.SAMPLE_LATENTS,
+) -> np.ndarray:
+    """z ~ N(0, I) for the images start..stop-1, float32 [stop - start, *sample_shape].
+
+    Args:
+      role: Role.PAIR_LATENTS for pairs. Image i's latent is a function of (seed, i, role), so that
+        a generator is never judged by the latents that it was trained on.
+    """
+    indices = jnp.arange(start, stop, dtype=jnp.int32)
+    return np.asarray(_latents(key_data(seed), indices, sample_shape, role))
 
 
-def draw_labels(seed: int, start: int, stop: int, num_classes: int) -> np.ndarray:
-    """Labels uniform over the classes for the images start..stop-1, int32, likewise; 0 if none."""
-    return np.asarray(_labels(key_data(seed), jnp.arange(start, stop), max(num_classes, 1)))
+def draw_labels(
+    seed: int, start: int, stop: int, num_classes: int, *, role: Role = Role.SAMPLE_LABELS
+) -> np.ndarray:
+    """Labels uniform over the classes for the images start..stop-1, int32; 0 without classes.
+
+    Args:
+      role: Role.PAIR_LABELS for pairs, as for `draw_latents`.
+    """
+    indices = jnp.arange(start, stop, dtype=jnp.int32)
+    return np.asarray(_labels(key_data(seed), indices, max(num_classes, 1), role))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _latents(base, indices, sample_shape):
-    draw = lambda i: jax.random.normal(role_key(base, i, Role.SAMPLES), sample_shape)  # noqa: E731
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _latents(base, indices, sample_shape, role):
+    def draw(index):
+        return jax.random.normal(role_key(base, index, role), sample_shape, jnp.float32)
+
     return jax.vmap(draw)(indices)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _labels(base, indices, num_classes):
-    draw = lambda i: jax.random.randint(role_key(base, i, Role.SAMPLE_LABELS), (), 0, num_classes)  # noqa: E731
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _labels(base, indices, num_classes, role):
+    def draw(index):
+        return jax.random.randint(role_key(base, index, role), (), 0, num_classes, jnp.int32)
+
     return jax.vmap(draw)(indices)
 
 

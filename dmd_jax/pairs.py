@@ -24,6 +24,7 @@ from dmd_jax.metrics import Progress
 from dmd_jax.models import complete
 from dmd_jax.models.clip_text import check_tokens
 from dmd_jax.processes import wait_for_all
+from dmd_jax.state import Role
 from dmd_jax.text_to_image import TEXT_SAMPLERS, LatentMaker, load_pipeline
 from dmd_jax.tokenizer import Tokenizer
 from dmd_jax.weights import Weights, denoiser_of, params_sha256
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
             progress = Progress("pairs", total, start=finished, unit="pairs", enabled=first)
 
     def make_shard(start: int, stop: int) -> dict[str, np.ndarray]:
-        z_ref = draw_latents(options.seed, start, stop, plan.metadata.sample_shape)
+        shape = plan.metadata.sample_shape
+        z_ref = draw_latents(options.seed, start, stop, shape, role=Role.PAIR_LATENTS)
         cond = plan.condition(start, stop)
         parts = []
         for part in plan.maker.batches(z_ref, cond):
@@ -110,7 +112,9 @@ def _label_plan(config: ConfigDict, teacher: Weights) -> _Plan:
     return _Plan(
         metadata,
         maker,
-        lambda start, stop: draw_labels(options.seed, start, stop, maker.num_classes),
+        lambda start, stop: draw_labels(
+            options.seed, start, stop, maker.num_classes, role=Role.PAIR_LABELS
+        ),
     )
 
 

@@ -16,7 +16,7 @@ from dmd_jax.errors import UserError, first_line
 from dmd_jax.evaluation.collect import Counter
 from dmd_jax.evaluation.parts import claim
 from dmd_jax.files import write_whole
-from dmd_jax.generation import draw_latents
+from dmd_jax.generation import DRAWS, draw_latents
 from dmd_jax.models import complete
 from dmd_jax.models.clip_text import check_tokens
 from dmd_jax.pictures import png_bytes, to_uint8
@@ -147,6 +147,7 @@ def image_settings(
         "image_shape": maker.image_shape,
         "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         "seed": args.seed if z is None else None,
+        "draws": DRAWS if z is None else None,
         "latents_sha256": None if z is None else hashlib.sha256(z.tobytes()).hexdigest(),
     }
 

@@ -14,7 +14,10 @@ from dmd_jax.types import Params
 
 
 class Role(enum.IntEnum):
-    """What a random key is for; a step's keys differ by role."""
+    """What a random key is for; keys of one seed and step, or index, differ by role.
+
+    A role keeps its number, which is part of what a seed gives; further roles are appended.
+    """
 
     LATENTS = 0
     LABELS = 1
@@ -23,9 +26,11 @@ class Role(enum.IntEnum):
     TEACHER = 4
     INIT = 5
     PREVIEW = 6
-    SAMPLES = 7
-    SAMPLE_LABELS = 8
-    SAMPLER = 9
+    PAIR_LATENTS = 7
+    PAIR_LABELS = 8
+    SAMPLER_NOISE = 9  # of `evaluate` and `sample`; the samplers of pairs add none
+    SAMPLE_LATENTS = 10  # of `evaluate` and `sample`, which are never those of pairs
+    SAMPLE_LABELS = 11
 
 
 @flax.struct.dataclass

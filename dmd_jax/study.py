@@ -16,11 +16,12 @@ from dmd_jax.cli import run_step
 from dmd_jax.data.pairs_metadata import read_metadata
 from dmd_jax.errors import UserError
 from dmd_jax.files import path_of
-from dmd_jax.generation import ImageMaker, draw_latents
+from dmd_jax.generation import DRAWS, ImageMaker, draw_latents
 from dmd_jax.seals import read_sealed, write_sealed
 from dmd_jax.weights import load_weights
 
 COLUMNS = 20  # images of a row in the picture
+SAMPLES_SEED = 0  # of the latents that everything is judged by
 
 
 class Study(NamedTuple):
@@ -32,11 +33,6 @@ class Study(NamedTuple):
     judges: dict[str, Any]  # what they lead to, as evaluate.origins says
     teacher_sha256: str
     workdir: Path
-
-    @property
-    def samples_seed(self) -> int:
-        """Of the latents that everything is judged by, which the pairs do not hold."""
-        return self.config.pairs.seed + 1
 
     def baselines(self) -> dict[str, dict[str, Any]]:
         """{name: evaluate's results} of the teacher in many steps and in one."""
@@ -94,7 +90,7 @@ class Study(NamedTuple):
             maker = ImageMaker(
                 load_weights(folder), sampler=sampler, num_steps=steps, batch_size=COLUMNS
             )
-            z = draw_latents(self.samples_seed, 0, COLUMNS, maker.sample_shape)
+            z = draw_latents(SAMPLES_SEED, 0, COLUMNS, maker.sample_shape)
             labels = np.arange(COLUMNS, dtype=np.int32) * max(maker.num_classes, 1) // COLUMNS
             images[label] = maker(z, labels)
         return images
@@ -112,10 +108,11 @@ class Study(NamedTuple):
 
         FOLDER/finished.json holds it with all that it follows from, so that it is done once.
         """
-        arguments = [*self.evaluate, "--seed", str(self.samples_seed), *sampler]
+        arguments = [*self.evaluate, "--seed", str(SAMPLES_SEED), *sampler]
         settings = {
             "trained": trained,
             "evaluate": arguments,
+            "draws": DRAWS,
             "judges": self.judges,
             "teacher_sha256": self.teacher_sha256,
         }

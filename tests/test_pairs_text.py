@@ -14,6 +14,7 @@ from dmd_jax.data.pairs import PairSource
 from dmd_jax.discrete_samplers import ddim
 from dmd_jax.generation import draw_latents
 from dmd_jax.models import build_denoiser, build_network, guided
+from dmd_jax.state import Role
 from dmd_jax.tokenizer import load_tokenizer
 from dmd_jax.weights import load_weights, packaged, params_sha256
 
@@ -76,7 +77,8 @@ def read(folder, shape=(8, 8, 4)):
 def test_pairs_are_the_guided_teachers_samples_of_their_noise_and_prompts(config, pairs):
     found = read(pairs)
     assert len(found["tokens"]) == COUNT
-    np.testing.assert_array_equal(found["z_ref"], draw_latents(1, 0, COUNT, (8, 8, 4)))
+    z = draw_latents(1, 0, COUNT, (8, 8, 4), role=Role.PAIR_LATENTS)
+    np.testing.assert_array_equal(found["z_ref"], z)
     teacher = load_weights(config.parent / "teacher")
     text = load_weights(config.parent / "teacher" / "text_encoder")
     denoiser = build_denoiser(teacher.network)
