@@ -101,6 +101,9 @@ def default_config() -> ConfigDict:
     config.learning_rate = 5e-5
     config.fake_score_learning_rate = 5e-5
     config.warmup_steps = 500
+    # What these 500 are: each network's own updates, or steps, of which a generator with
+    # generator_every=n needs only every n-th, as in DMD2's code.
+    config.warmup_counts = "updates"
     config.weight_decay = 0.01
     config.beta1 = 0.9
     config.beta2 = 0.999

@@ -74,6 +74,16 @@ def check_batches(config: ConfigDict, mesh: Mesh, where: str) -> None:
         )
 
 
+def generator_steps_per_update(config: ConfigDict) -> int:
+    """What state.warmup takes for the generator.
+
+    Raises:
+      UserError: config.warmup_counts is unknown.
+    """
+    one_of(config, "warmup_counts", ("updates", "steps"))
+    return config.generator_every if config.warmup_counts == "steps" else 1
+
+
 def fake_weight_of(config: ConfigDict) -> Callable[[NoiseLevel], jax.Array]:
     """The weight of the denoising loss: EDM's at the network's sigma_data, else the noise's MSE."""
     sigma_data = complete(config.network.to_dict()).get("sigma_data")

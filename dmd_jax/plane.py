@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dmd_jax import samplers, state
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import computation_of
+from dmd_jax.experiment import computation_of, generator_steps_per_update
 from dmd_jax.models import build_denoiser
 from dmd_jax.models.mlp import MLP
 from dmd_jax.objective import Networks
@@ -78,14 +78,15 @@ def make_plane(config: ConfigDict) -> Plane:
         state.adamw(
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
+            steps_per_update=steps_per_update,
             weight_decay=config.weight_decay,
             beta1=config.beta1,
             beta2=config.beta2,
             clip_norm=config.clip_norm,
         )
-        for learning_rate, warmup_steps in (
-            (config.learning_rate, config.warmup_steps),
-            (config.fake_score_learning_rate, toy.fake_score_warmup_steps),
+        for learning_rate, warmup_steps, steps_per_update in (
+            (config.learning_rate, config.warmup_steps, generator_steps_per_update(config)),
+            (config.fake_score_learning_rate, toy.fake_score_warmup_steps, 1),
         )
     )
 

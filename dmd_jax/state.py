@@ -77,6 +77,7 @@ def adamw(
     *,
     learning_rate: float,
     warmup_steps: int = 500,
+    steps_per_update: int = 1,
     weight_decay: float = 0.01,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -86,11 +87,14 @@ def adamw(
 
     Equal to torch's clip_grad_norm_, AdamW and a constant schedule with warm-up. The first update
     of a warm-up has learning rate 0.
+
+    Args:
+      warmup_steps, steps_per_update: of `warmup`.
     """
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(
-            warmup(learning_rate, warmup_steps),
+            warmup(learning_rate, warmup_steps, steps_per_update),
             b1=beta1,
             b2=beta2,
             weight_decay=weight_decay,
@@ -106,11 +110,17 @@ def _decays(params: Params) -> Any:
     )
 
 
-def warmup(learning_rate: float, warmup_steps: int) -> optax.Schedule:
-    """learning_rate * min(1, updates done / warmup_steps)."""
+def warmup(learning_rate: float, warmup_steps: int, steps_per_update: int = 1) -> optax.Schedule:
+    """Updates done -> learning_rate * min(1, steps_per_update * updates done / warmup_steps).
+
+    Args:
+      steps_per_update: n for a network that is updated on each n-th step and whose schedule is
+        counted in steps.
+    """
     if warmup_steps == 0:
         return optax.constant_schedule(learning_rate)
-    return optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    rate = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return rate if steps_per_update == 1 else lambda updates: rate(steps_per_update * updates)
 
 
 def model_state(params: Params, optimizer: optax.GradientTransformation) -> ModelState:

@@ -20,7 +20,12 @@ from ml_collections import ConfigDict
 from dmd_jax import state
 from dmd_jax.config import resolve_config, save_config
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import check_ranges, fake_weight_of, loss_options
+from dmd_jax.experiment import (
+    check_ranges,
+    fake_weight_of,
+    generator_steps_per_update,
+    loss_options,
+)
 from dmd_jax.files import local_path, write_json
 from dmd_jax.metrics import MetricsWriter, Progress
 from dmd_jax.pictures import save_png
@@ -111,7 +116,9 @@ def train(
         schedule=plane.schedule,
         optimizer=plane.optimizers[0],
         fake_optimizer=plane.optimizers[1],
-        learning_rate=state.warmup(config.learning_rate, config.warmup_steps),
+        learning_rate=state.warmup(
+            config.learning_rate, config.warmup_steps, generator_steps_per_update(config)
+        ),
         batch_size=config.batch_size,
         sample_shape=(2,),
         num_classes=0,

@@ -4,7 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import TINY
 
+from dmd_jax.config import load_config
+from dmd_jax.distillation import optimizers_of
+from dmd_jax.errors import UserError
 from dmd_jax.state import (
     Role,
     adamw,
@@ -16,6 +20,7 @@ from dmd_jax.state import (
     warmup,
 )
 
+EVERY = 3  # a generator's updates, in steps
 SETTINGS = dict(learning_rate=3e-3, warmup_steps=4, weight_decay=0.1, clip_norm=1.0)
 
 
@@ -29,13 +34,13 @@ def gradients_of(step):
     }
 
 
-def trained(steps):
+def trained(steps, **options):
     rng = np.random.default_rng(99)
     params = {
         "a": rng.standard_normal((3, 4)).astype(np.float32),
         "b": rng.standard_normal(5).astype(np.float32),
     }
-    optimizer = adamw(**SETTINGS)
+    optimizer = adamw(**SETTINGS, **options)
     model = model_state(jax.tree.map(jnp.asarray, params), optimizer)
     update = jax.jit(lambda model, gradients: apply_gradients(model, gradients, optimizer))
     for step in range(steps):
@@ -87,6 +92,61 @@ def test_warmup_is_linear_from_zero():
     rate = warmup(2.0, 4)
     np.testing.assert_allclose([rate(k) for k in range(6)], [0, 0.5, 1, 1.5, 2, 2])
     assert warmup(2.0, 0)(0) == 2.0
+
+
+def test_warmup_in_steps_rises_with_the_steps_between_updates():
+    rate = warmup(2.0, 7, EVERY)
+    np.testing.assert_allclose([rate(k) for k in range(4)], [0, 6 / 7, 12 / 7, 2], rtol=1e-6)
+    assert warmup(2.0, 0, EVERY)(0) == 2.0
+
+
+@pytest.mark.torch
+def test_warmup_in_steps_equals_pytorchs_scheduler_that_steps_where_the_optimizer_does_not():
+    import torch
+
+    params, found = trained(8, steps_per_update=EVERY)
+    leaves = {name: torch.nn.Parameter(torch.tensor(leaf)) for name, leaf in params.items()}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=3e-3, weight_decay=0.1, betas=(0.9, 0.999))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 4))
+    for step in range(8 * EVERY):
+        if step % EVERY == 0:
+            for name, leaf in leaves.items():
+                leaf.grad = torch.tensor(gradients_of(step // EVERY)[name])
+            torch.nn.utils.clip_grad_norm_(leaves.values(), 1.0)
+            optimizer.step()
+        scheduler.step()
+    other = trained(8)[1]
+    for name, leaf in leaves.items():
+        np.testing.assert_allclose(found[name], leaf.detach().numpy(), rtol=2e-6, atol=1e-7)
+        assert np.abs(found[name] - other[name]).max() > 1e-3
+
+
+@pytest.mark.parametrize("counts, rates", [("steps", [0, 3 / 5, 1]), ("updates", [0, 0.2, 0.4])])
+def test_the_config_says_what_the_generators_warmup_counts(counts, rates):
+    """Also of an optimiser's state that came back from a checkpoint."""
+    config = load_config(str(TINY), [])
+    config.generator_every, config.warmup_steps, config.warmup_counts = EVERY, 5, counts
+    config.weight_decay = 0.0
+    params = {"w": jnp.zeros((), jnp.float32)}
+    for optimizer, expected, rate in zip(
+        optimizers_of(config),
+        (rates, [0, 0.2, 0.4]),
+        (config.learning_rate, config.fake_score_learning_rate),
+    ):
+        model = model_state(params, optimizer)
+        for k in range(3):
+            model = jax.tree.map(jnp.asarray, jax.device_get(model))
+            after = apply_gradients(model, {"w": jnp.ones((), jnp.float32)}, optimizer)
+            # Adam's update for a constant gradient of 1 is the learning rate.
+            moved = model.params["w"] - after.params["w"]
+            np.testing.assert_allclose(moved, expected[k] * rate, rtol=2e-5, atol=1e-12)
+            model = after
+
+
+def test_an_unknown_count_of_the_warmup_is_refused():
+    config = load_config(str(TINY), ["--config.warmup_counts=epochs"])
+    with pytest.raises(UserError, match="warmup_counts is 'epochs'; expected one of updates, st"):
+        optimizers_of(config)
 
 
 def test_average_follows_its_recurrence():

@@ -149,8 +149,9 @@ class TorchStep:
                 norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
                 metrics[f"grad_norm_{name}"] = norm
                 self.optimizers[name].step()
-                self._schedulers[name].step()
                 self.optimizers[name].zero_grad()
+            if name == "fake_score" or update or config.warmup_counts == "steps":
+                self._schedulers[name].step()
         if update and self.ema is not None:
             self._average(self._step // config.generator_every)
         self._step += 1

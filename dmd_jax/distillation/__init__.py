@@ -12,7 +12,12 @@ from dmd_jax import state
 from dmd_jax.distillation.labels import label_method, label_setting
 from dmd_jax.distillation.setting import Method, Setting
 from dmd_jax.distillation.text import text_method, text_setting
-from dmd_jax.experiment import computation_of, fake_weight_of, loss_options
+from dmd_jax.experiment import (
+    computation_of,
+    fake_weight_of,
+    generator_steps_per_update,
+    loss_options,
+)
 from dmd_jax.models import build_denoiser
 from dmd_jax.train_step import Step, make_train_step
 from dmd_jax.weights import Weights, denoiser_of
@@ -45,17 +50,25 @@ def setting_of(config: ConfigDict, teacher: Weights) -> Setting:
 
 
 def optimizers_of(config: ConfigDict) -> Optimizers:
-    """The generator's and the fake score's."""
+    """The generator's and the fake score's.
+
+    Raises:
+      UserError: config.warmup_counts is unknown.
+    """
     return tuple(
         state.adamw(
             learning_rate=learning_rate,
             warmup_steps=config.warmup_steps,
+            steps_per_update=steps_per_update,
             weight_decay=config.weight_decay,
             beta1=config.beta1,
             beta2=config.beta2,
             clip_norm=config.clip_norm,
         )
-        for learning_rate in (config.learning_rate, config.fake_score_learning_rate)
+        for learning_rate, steps_per_update in (
+            (config.learning_rate, generator_steps_per_update(config)),
+            (config.fake_score_learning_rate, 1),
+        )
     )
 
 
@@ -81,7 +94,9 @@ def train_step_of(config: ConfigDict, method: Method, optimizers: Optimizers, me
         schedule=method.schedule,
         optimizer=optimizers[0],
         fake_optimizer=optimizers[1],
-        learning_rate=state.warmup(config.learning_rate, config.warmup_steps),
+        learning_rate=state.warmup(
+            config.learning_rate, config.warmup_steps, generator_steps_per_update(config)
+        ),
         batch_size=config.batch_size,
         sample_shape=method.sample_shape,
         num_classes=method.num_classes,

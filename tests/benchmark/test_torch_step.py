@@ -117,6 +117,17 @@ def test_step_of_images_with_labels(both):
     assert distance(in_torch(own.state.ema), in_torch(own.state.generator.params)) > 1e-5
 
 
+def test_the_generators_warmup_in_steps(both):
+    config = edm_config(generator_every=2, warmup_counts="steps", warmup_steps=8)
+    own, peer, advance = both(config)
+    for step in range(3):  # of which the third is the generator's second update
+        metrics = jax.device_get(own())
+        rates = {name: peer.optimizers[name].param_groups[0]["lr"] for name in peer.optimizers}
+        advance(step)
+    assert metrics["learning_rate"] == pytest.approx(rates["generator"], rel=1e-6)
+    assert rates["generator"] == rates["fake_score"] == pytest.approx(2 / 8 * 1e-4, rel=1e-12)
+
+
 def test_step_of_text_with_guidance_lpips_and_the_pairs_in_the_matching_loss(both):
     config = text_config()
     assert config.match_reference and config.guidance == 3 and config.distance == "lpips"
