@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +105,9 @@ def _has_parts(folder: Path) -> bool:
 def _teacher_of(folder: Path) -> Path | None:
     """The teacher of the run whose workdir `folder` is; None if it is none."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content, _ = read_sealed(folder / "config.json")
         weights = content["config"]["teacher"]["weights"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+    except (FileNotFoundError, UserError, KeyError, TypeError):
         return None
     return path_of(weights) if weights and isinstance(weights, str) else None
 

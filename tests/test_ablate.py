@@ -25,6 +25,7 @@ from dmd_jax.generation import draw_labels, draw_latents
 from dmd_jax.metrics import read_metrics
 from dmd_jax.models import build_denoiser
 from dmd_jax.schedules import NoiseSchedule
+from dmd_jax.seals import read_sealed, write_sealed
 from dmd_jax.weights import load_weights
 
 CLASSIFIER = "dmd_jax.evaluation.digits_classifier:features"
@@ -218,12 +219,12 @@ def test_a_row_is_finished_for_what_it_follows_from(study, tmp_path, monkeypatch
     monkeypatch.setattr(study_module, "describe_auxiliary", lambda path, kind: lpips)
     pairs = tmp_path / "pairs"
     pairs.mkdir()
-    metadata = json.loads((study / "pairs" / "metadata.json").read_text())
+    metadata, _ = read_sealed(study / "pairs" / "metadata.json")
     overrides, changes = [], {"judges": {"reference": "a"}}
 
     def run_row(row="full"):
         """The commands that a row takes."""
-        write_json(pairs / "metadata.json", metadata)
+        write_sealed(pairs / "metadata.json", metadata)
         common = dict(arguments=[], evaluate=[], teacher_sha256="a", workdir=tmp_path)
         config = load_config(str(TINY), overrides)
         commands.clear()

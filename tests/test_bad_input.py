@@ -11,6 +11,7 @@ from commands import ROOT, TINY, fails, finish, start, succeeds
 
 from dmd_jax.checkpoints import Checkpoints
 from dmd_jax.metrics import read_metrics
+from dmd_jax.seals import read_sealed, write_sealed
 from dmd_jax.weights import load_weights, params_sha256
 
 
@@ -105,19 +106,19 @@ def test_damaged_weights(capsys, copy, tmp_path):
 
 def test_pairs_of_another_resolution_channels_or_classes(capsys, tiny, tmp_path):
     folder = shutil.copytree(argument(tiny, "pairs.folder"), tmp_path / "pairs")
-    original = json.loads((folder / "metadata.json").read_text())
+    original, _ = read_sealed(folder / "metadata.json")
     changes = {
         "resolution": {"sample_shape": [16, 16, 1]},
         "channels": {"sample_shape": [8, 8, 3]},
         "num_classes": {"num_classes": 7},
     }
     for name, change in changes.items():
-        (folder / "metadata.json").write_text(json.dumps(original | change))
+        write_sealed(folder / "metadata.json", original | change)
         line = fails(
             capsys, "train", *tiny, f"--config.pairs.folder={folder}", "--workdir", tmp_path / "w"
         )
         assert name in line and "expected" in line
-    (folder / "metadata.json").write_text(json.dumps(original | {"teacher_sha256": "0" * 64}))
+    write_sealed(folder / "metadata.json", original | {"teacher_sha256": "0" * 64})
     line = fails(
         capsys, "train", *tiny, f"--config.pairs.folder={folder}", "--workdir", tmp_path / "w"
     )

@@ -14,6 +14,7 @@ from dmd_jax.data.pairs import PairSource
 from dmd_jax.discrete_samplers import ddim
 from dmd_jax.generation import draw_latents
 from dmd_jax.models import build_denoiser, build_network, guided
+from dmd_jax.seals import read_sealed
 from dmd_jax.state import Role
 from dmd_jax.tokenizer import load_tokenizer
 from dmd_jax.weights import load_weights, packaged, params_sha256
@@ -110,7 +111,7 @@ def test_each_prompt_is_used_once_before_any_is_used_again(config, pairs):
 
 
 def test_the_metadata_says_what_the_pairs_are_of(config, pairs):
-    found = json.loads((pairs / "metadata.json").read_text())
+    found, _ = read_sealed(pairs / "metadata.json")
     parts = config.parent / "teacher"
     assert found == {
         "format_version": 1,
@@ -134,7 +135,7 @@ def test_the_metadata_says_what_the_pairs_are_of(config, pairs):
         "prompts_sha256": json.loads((config.parent / "prompts" / "metadata.json").read_text())[
             "prompts_sha256"
         ],
-        "sampling": json.loads((parts / "scheduler.json").read_text()),
+        "sampling": read_sealed(parts / "scheduler.json")[0],
     }
 
 

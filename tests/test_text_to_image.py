@@ -13,6 +13,7 @@ from dmd_jax.convert.torch_layout import from_torch, torch_key
 from dmd_jax.errors import UserError
 from dmd_jax.generation import draw_latents
 from dmd_jax.models import abstract_params, build_network, complete
+from dmd_jax.seals import read_sealed, write_sealed
 from dmd_jax.text_parts import load_decoder, parts_folder
 from dmd_jax.text_to_image import (
     LatentMaker,
@@ -61,7 +62,7 @@ def close(actual, expected, tolerance):
 
 
 def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_sealed(path, read_sealed(path)[0] | changes)
 
 
 def test_one_step_is_epsilon_at_the_last_level_made_x0(pipeline, raw):

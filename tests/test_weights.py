@@ -9,6 +9,7 @@ import pytest
 
 from dmd_jax.errors import UserError
 from dmd_jax.models import abstract_params, build_denoiser
+from dmd_jax.seals import read_sealed, write_sealed
 from dmd_jax.weights import (
     Weights,
     denoiser_of,
@@ -55,13 +56,13 @@ def test_names_of_classes_are_kept_and_checked(tmp_path):
     names = ("ant", None, "dög")
     save_weights(tmp_path, Weights(CONDITIONAL, params, "a test's", class_names=names))
     assert load_weights(tmp_path).class_names == names
-    config = json.loads((tmp_path / "config.json").read_text())
+    config, _ = read_sealed(tmp_path / "config.json")
     for wrong in (["ant"], ["a", "b", 3], "abc", {"a": 1}):
-        (tmp_path / "config.json").write_text(json.dumps(config | {"class_names": wrong}))
+        write_sealed(tmp_path / "config.json", config | {"class_names": wrong})
         with pytest.raises(UserError, match="config.json: .*class_names"):
             load_weights(tmp_path)
     del config["class_names"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_sealed(tmp_path / "config.json", config)
     assert load_weights(tmp_path).class_names is None
 
 
@@ -72,7 +73,7 @@ def test_a_run_with_other_names_of_classes_is_refused(tmp_path):
     save_class_names(tmp_path, ("a", "b"))
     with pytest.raises(UserError, match="classes.json: the run began with other names"):
         save_class_names(tmp_path, ("b", "a"))
-    assert json.loads((tmp_path / "classes.json").read_text()) == {"class_names": ["a", "b"]}
+    assert read_sealed(tmp_path / "classes.json") == ({"class_names": ["a", "b"]}, True)
 
 
 @pytest.mark.parametrize(
@@ -118,13 +119,13 @@ def test_sha_sees_names_shapes_and_values():
 
 def test_another_architecture_is_refused(folder):
     path, _ = folder
-    config = json.loads((path / "config.json").read_text())
+    config, _ = read_sealed(path / "config.json")
     config["network"]["dim"] = 3
-    (path / "config.json").write_text(json.dumps(config))
+    write_sealed(path / "config.json", config)
     with pytest.raises(UserError, match=r"another architecture.*expected \("):
         load_weights(path)
     config["network"]["name"] = "unknown"
-    (path / "config.json").write_text(json.dumps(config))
+    write_sealed(path / "config.json", config)
     with pytest.raises(UserError, match="network name is 'unknown'"):
         load_weights(path)
 

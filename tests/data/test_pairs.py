@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from dmd_jax.data.pairs import PairsMetadata, PairSource, write_pairs
 from dmd_jax.data.shards import MAX_OPEN_SHARDS
 from dmd_jax.errors import UserError
+from dmd_jax.seals import read_sealed, write_sealed
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (4, 4, 3)
@@ -93,7 +94,8 @@ def test_the_record_is_as_documented(folder):
 
 
 def test_metadata_file(folder):
-    written = json.loads((folder / "metadata.json").read_text())
+    written, trusted = read_sealed(folder / "metadata.json")
+    assert trusted
     assert written == {
         "format_version": 1,
         "teacher": "a test",
@@ -115,7 +117,7 @@ def test_metadata_file(folder):
 
 def test_pairs_that_do_not_say_their_precision_are_read_and_not_gone_on_with(folder):
     path = folder / "metadata.json"
-    values = json.loads(path.read_text())
+    values, _ = read_sealed(path)
     del values["compute_dtype"], values["matmul_precision"]
     path.write_text(json.dumps(values))
     found = open_pairs(folder).metadata
@@ -306,8 +308,8 @@ def test_bad_metadata(folder, change, message):
     elif isinstance(change, bytes):
         path.write_bytes(change)
     else:
-        values = json.loads(path.read_text()) | change
-        path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+        values = read_sealed(path)[0] | change
+        write_sealed(path, {k: v for k, v in values.items() if v is not ...})
     with pytest.raises(UserError, match=message) as caught:
         open_pairs(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)

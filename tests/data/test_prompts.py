@@ -21,6 +21,7 @@ from small_tokenizer import write_tokenizer
 from dmd_jax.data.loader import batches
 from dmd_jax.data.prompts import PromptSource, TokenSource, write_prompts
 from dmd_jax.errors import UserError
+from dmd_jax.seals import read_sealed, write_sealed
 from dmd_jax.tokenizer import load_tokenizer
 
 
@@ -39,7 +40,7 @@ def test_every_kind_gives_the_same_prompts(tmp_path, name):
 def test_metadata_and_shards(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", PROMPTS, key="Prompt")
     metadata = write_prompts(tmp_path / "out", tmp_path / "rows.jsonl", shard_size=2)
-    assert json.loads((tmp_path / "out" / "metadata.json").read_text()) == {
+    assert read_sealed(tmp_path / "out" / "metadata.json")[0] == {
         "source": "rows.jsonl",
         "files": 1,
         "key": "Prompt",
@@ -119,8 +120,8 @@ def test_bad_metadata(tmp_path, change, message):
     write_txt(tmp_path / "a.txt", PROMPTS[:3] + PROMPTS[4:] + ["z"])
     write_prompts(tmp_path, tmp_path / "a.txt", shard_size=2)
     path = tmp_path / "metadata.json"
-    values = json.loads(path.read_text()) | change
-    path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+    values = read_sealed(path)[0] | change
+    write_sealed(path, {k: v for k, v in values.items() if v is not ...})
     with pytest.raises(UserError, match=message):
         PromptSource(tmp_path)
 

@@ -3,8 +3,6 @@
 What both share (torn shards, full disks, damaged records) is in test_pairs.py.
 """
 
-import json
-
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -12,6 +10,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from dmd_jax.data.pairs import PairSource, write_pairs
 from dmd_jax.data.pairs_metadata import PairsMetadata, TextPairsMetadata
 from dmd_jax.errors import UserError
+from dmd_jax.seals import read_sealed, write_sealed
 
 SHAPE = (2, 3, 4)
 LENGTH = 7
@@ -97,7 +96,7 @@ def test_stable_diffusions_record_has_the_documented_size():
 
 
 def test_metadata_file(folder):
-    written = json.loads((folder / "metadata.json").read_text())
+    written, _ = read_sealed(folder / "metadata.json")
     shared = COMMON | {"sample_shape": [2, 3, 4], "format_version": 1, "dtype": "float32"}
     assert written == shared | TEXT
 
@@ -160,8 +159,8 @@ def test_pairs_that_do_not_fit_the_configuration(folder, expected, message):
 )
 def test_bad_metadata(folder, change, message):
     path = folder / "metadata.json"
-    values = json.loads(path.read_text()) | change
-    path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+    values = read_sealed(path)[0] | change
+    write_sealed(path, {k: v for k, v in values.items() if v is not ...})
     with pytest.raises(UserError, match=f"metadata.json: .*{message}"):
         open_pairs(folder)
 

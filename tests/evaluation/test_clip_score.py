@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 
 import jax
@@ -19,6 +18,7 @@ from dmd_jax.evaluation import features
 from dmd_jax.evaluation.clip_folder import Preparation, load_clip
 from dmd_jax.evaluation.clip_score import ClipScore, prepare, resized, score
 from dmd_jax.evaluation.protocols import PREFIX
+from dmd_jax.seals import read_sealed, write_sealed
 
 TOLERANCE = 5e-5  # of cosines, which are at most 1
 TEXTS = ["a cat on the red photo", "", "THE DOG'S  photo", "dog " * 100, "é 😀"]
@@ -181,9 +181,9 @@ def test_folders_that_are_refused(folder, tmp_path):
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(folder, copy)
-        content = json.loads((copy / path).read_text())
+        content, _ = read_sealed(copy / path)
         change(content)
-        (copy / path).write_text(json.dumps(content))
+        write_sealed(copy / path, content)
         with pytest.raises(UserError) as raised:
             load_clip(copy)
         return str(raised.value)
