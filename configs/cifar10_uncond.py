@@ -20,6 +20,11 @@ from dmd_jax.config import load_config, shipped_config
 def get_config():
     config = load_config(str(shipped_config("cifar10_cond")), [])
     config.network.label_dim = 0
+    # Float32's products in full: what coarser ones, "high" or bfloat16, do to the distance has not
+    # been measured. README, "Measured", has what they save.
+    config.compute_dtype = "float32"
+    config.matmul_precision = "highest"
+
     config.teacher.weights = "weights/cifar10_uncond"
     config.pairs.folder = "runs/cifar10_uncond/pairs"
     config.pairs.count = 500_000

@@ -13,7 +13,10 @@ folder=${1:-$checkout/runs/tpu_table}
 results=()
 
 row() { # CONFIG TOPOLOGY MESH [ARGUMENT…]
-  local name=$1-${2//:/-} code=0
+  local name=$1-${2//:/-} code=0 option
+  for option in "${@:4}"; do
+    case $option in *.compute_dtype=* | *.matmul_precision=*) name+=-${option##*=} ;; esac
+  done
   local result=$folder/$name.json
   results+=("$result")
   if [ -e "$result" ]; then
@@ -30,7 +33,9 @@ install_requirements requirements.txt '.[tpu]'
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd -P)
 cd "$checkout"
-row cifar10_cond v5e:2x4 data=8
+row cifar10_cond v5e:2x4 data=8 --config.matmul_precision=highest
+row cifar10_cond v5e:2x4 data=8 --config.matmul_precision=high
+row cifar10_cond v5e:2x4 data=8 --config.compute_dtype=bfloat16
 row imagenet64 v5e:4x4 data=1,fsdp=16 --config.accumulation=3
 row sd15_laion625 v5p:4x4x4 data=4,fsdp=16 --config.remat=none
 row sd15_laion625 v5e:16x16 data=16,fsdp=16

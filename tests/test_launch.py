@@ -412,10 +412,10 @@ def test_tpu_table_compiles_what_has_no_figures(checkout):
     checkout.add_python()
     folder = checkout.root / "runs" / "tpu_table"
     folder.mkdir(parents=True)
-    (folder / "cifar10_cond-v5e-2x4.json").touch()
+    (folder / "cifar10_cond-v5e-2x4-highest.json").touch()
     assert checkout.run("tpu_table.sh").returncode == 0
     *compiled, joined = [line for line in checkout.calls() if line.startswith("dmd-jax")]
     files = [re.search(r"\[--json\] \[(.*?)\]", line)[1] for line in compiled]
-    assert len(files) == len(set(files)) == 5
-    files.insert(0, "ROOT/runs/tpu_table/cifar10_cond-v5e-2x4.json")
+    assert len(files) == len(set(files)) == 7
+    files.insert(0, "ROOT/runs/tpu_table/cifar10_cond-v5e-2x4-highest.json")
     assert joined == f"dmd-jax [compile] [--join] {' '.join(f'[{file}]' for file in files)}"

@@ -62,10 +62,13 @@ NETWORKS = {
     "clip_text": {"name": "clip_text", "with_projection": True} | TEXT,
     "clip_vision": {"name": "clip_vision"} | VISION,
 }
-# What is float32 in a network that computes in bfloat16: embeddings, and the first and last layer.
+# What is float32 in networks that compute in bfloat16: embeddings, and the first and the last layer
+# of Stable Diffusion's.
 FLOAT32 = (
     *("map_label", "map_augment", "map_layer", "affine", "time_embedding", "time_emb_proj"),
-    *("conv_in", "conv_out", "aux_conv", "out_conv", "/out"),
+    *("UNet2DConditionModel))/conv_in", "UNet2DConditionModel))/conv_out"),
+    *("UNet2DConditionModel)/conv_in", "UNet2DConditionModel)/conv_out"),
+    *("UNet2DConditionModel/conv_in", "UNet2DConditionModel/conv_out"),
 )
 RESIZING = "bilinear"  # of images
 LOGITS = "BTNH,BSNH->BNTS"  # of attention, as JAX names them
@@ -108,9 +111,7 @@ def check_bfloat16(found):
             assert any(name in product.name for name in (*FLOAT32, RESIZING)), product
         elif product.dtypes != ("bfloat16", "bfloat16"):
             assert product.dtypes == ("float32", "bfloat16"), product
-            assert product.precision == ("BF16_BF16_F32",) * 2, (
-                product
-            )  # JAX's own attention says it
+            assert product.precision == ("BF16_BF16_F32",) * 2, product  # JAX's attention says it
             assert LOGITS in product.name, product
 
 
@@ -235,9 +236,10 @@ def test_training_steps(make):
         program = abstract_program(config, make_mesh(devices=jax.devices()[:1]))
         return products_of(program.step(config), *program.arguments(config))
 
-    check(found(), "HIGHEST")
     check(found(matmul_precision="high"), "HIGH")
     check_bfloat16(found(compute_dtype="bfloat16"))
+    if make is grey_config:  # the text's takes long
+        check(found(), "HIGHEST")
 
 
 def test_teachers_steps():

@@ -150,10 +150,11 @@ class GroupNorm(nn.Module):
 
     epsilon: float = 1e-6
     groups: int | None = None  # None: 32, or fewer where a group would have less than 4 channels
+    dtype: jnp.dtype | None = None  # of the result; None is the input's
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, H, W, C] -> the same shape and dtype."""
+        """x [B, H, W, C] -> the same shape."""
         channels = x.shape[-1]
         groups = min(32, channels // 4) if self.groups is None else self.groups
         if not groups or channels % groups:
@@ -182,7 +183,7 @@ class GroupNorm(nn.Module):
             # the pixels that the mean's would be.
             variance = group_mean(jnp.square(values - lax.stop_gradient(mean)))
         factor = scale * lax.rsqrt(variance + self.epsilon)
-        return ((values - mean) * factor + bias).astype(x.dtype)
+        return ((values - mean) * factor + bias).astype(self.dtype or x.dtype)
 
 
 def filter_padding(taps: Sequence[float]) -> int:

@@ -101,7 +101,7 @@ class UNet2DConditionModel(nn.Module):
           deterministic: without effect, there is no dropout; it makes the networks callable alike.
 
         Returns:
-          [B, h, w, out_channels] in the compute dtype.
+          float32 [B, h, w, out_channels].
 
         Raises:
           UserError: x_t or context of another shape.
@@ -124,7 +124,8 @@ class UNet2DConditionModel(nn.Module):
         downsample = functools.partial(Downsample2D, padding_before=1, dtype=self.dtype)
         upsample = functools.partial(Upsample2D, dtype=self.dtype)
 
-        x = conv(first, 3, name="conv_in", dtype=self.dtype)(x_t.astype(self.dtype))
+        # Float32, as the last layer is, and rounded once.
+        x = conv(first, 3, name="conv_in", dtype=jnp.float32)(x_t).astype(self.dtype)
         skips = [x]
         for level, features in enumerate(self.block_out_channels):
             block = DownBlock2D(
@@ -156,8 +157,10 @@ class UNet2DConditionModel(nn.Module):
             size = skips[-1].shape[1:3] if level else None
             x = block(x, emb, context, skips=own, size=size)
 
-        x = nn.silu(GroupNorm(self.norm_eps, self.norm_num_groups, name="conv_norm_out")(x))
-        return conv(self.out_channels, 3, name="conv_out", dtype=self.dtype)(x)
+        # Float32: where alpha is low, x0 = (x_t - sigma noise) / alpha multiplies the rounding of
+        # the noise by 15, and at the first layer that of x_t is most of what rounding there is.
+        norm = GroupNorm(self.norm_eps, self.norm_num_groups, jnp.float32, name="conv_norm_out")
+        return conv(self.out_channels, 3, name="conv_out", dtype=jnp.float32)(nn.silu(norm(x)))
 
     def _attention(self, block_type: str, level: int) -> Block | None:
         return self._transformer(level) if block_type.startswith("CrossAttn") else None
