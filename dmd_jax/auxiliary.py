@@ -14,10 +14,11 @@ from safetensors.numpy import save_file
 
 from dmd_jax.convert.strict import check_names_and_shapes
 from dmd_jax.errors import UserError
-from dmd_jax.files import path_of, replacing
+from dmd_jax.files import replacing
 from dmd_jax.local_copies import local_copy
 from dmd_jax.models.inception import inception_template
 from dmd_jax.models.lpips import lpips, lpips_template
+from dmd_jax.stand_ins import check_real_file
 from dmd_jax.weights import params_sha256
 
 LPIPS, INCEPTION = "lpips_vgg16", "fid_inception"
@@ -128,8 +129,7 @@ def describe_auxiliary(path: Path, kind: str) -> dict[str, str]:
     Raises:
       UserError: no such file, or not a file of ours, or of another kind.
     """
-    if not path_of(path).is_file():
-        raise UserError(f"{path}: no such file; {how_to_make(kind)}")
+    check_real_file(path, f"a file of ours; {how_to_make(kind)}")
     try:
         with safe_open(local_copy(path), framework="numpy") as file:
             metadata = file.metadata() or {}

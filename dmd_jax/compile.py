@@ -25,6 +25,7 @@ from dmd_jax.errors import UserError, first_line
 from dmd_jax.experiment import check_ranges
 from dmd_jax.files import local_path, write_json
 from dmd_jax.provenance import command_line
+from dmd_jax.untrusted import read_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,9 +120,9 @@ def _results_of(path: Path) -> list[dict[str, Any]]:
       UserError: it is not there, or something else.
     """
     try:
-        results = json.loads(path.read_text())
+        results = read_json(path, "what --json wrote")
         summary(results)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}: {first_line(error)}; expected what --json wrote") from None
     return results
 

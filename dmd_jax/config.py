@@ -14,7 +14,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dmd_jax.errors import UserError
+from dmd_jax.files import local_path
 from dmd_jax.seals import read_sealed, write_sealed
+from dmd_jax.stand_ins import check_real_file
 
 # Of config.json's form, for readers to come.
 SCHEMA = 1
@@ -164,10 +166,13 @@ def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
     Raises:
       UserError: the file is missing or fails, a key is unknown, or a value has the wrong type.
     """
-    if not Path(path.split(":")[0]).is_file():
-        raise UserError(f"--config {path}: no such file; expected a Python file with get_config()")
+    file, colon, argument = path.partition(":")
+    file = local_path(file)
     try:
-        config = _parse(config_flags.DEFINE_config_file, f"--config={path}")
+        check_real_file(file, "a Python file with get_config()")
+        config = _parse(config_flags.DEFINE_config_file, f"--config={file}{colon}{argument}")
+    except UserError as error:
+        raise UserError(f"--config {error}") from error
     except Exception as error:  # The file is code and may raise anything.
         raise UserError(f"--config {path}: {_one_line(error)}") from error
     if not isinstance(config, ConfigDict):
@@ -296,10 +301,9 @@ def save_config(config: ConfigDict, workdir: Path, *, command: str) -> None:
 
 def _read_saved(path: Path, command: str) -> tuple[ConfigDict | None, bool]:
     """The config of a workdir, None where there is none, and whether a digest vouches for it."""
-    try:
-        content, trusted = read_sealed(path)
-    except FileNotFoundError:
+    if not path.exists():
         return None, True
+    content, trusted = read_sealed(path, "a run's config")
     schema, saved, written_by = (content.get(key) for key in ("schema", "config", "command"))
     if schema not in (SCHEMA, None) or not isinstance(saved, dict):  # None: of earlier versions
         raise UserError(f"{path} is of schema {schema!r:.50}; expected {SCHEMA}, with a config")

@@ -324,7 +324,7 @@ def _check_without_images(args: argparse.Namespace) -> None:
 
 def _check_outputs(args: argparse.Namespace, folder: Path) -> None:
     """Raises a UserError where an output would take the place of something else."""
-    taken = {os.path.realpath(args.reference): "--reference"}
+    taken = {os.path.realpath(os.path.expanduser(args.reference)): "--reference"}
     if args.coco is not None:
         taken[os.path.realpath(args.coco)] = "--coco"
     for name in ("out", "samples", "save_reference"):

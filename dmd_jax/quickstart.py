@@ -17,7 +17,7 @@ from dmd_jax.errors import Stopped, UserError
 from dmd_jax.evaluation.digits_classifier import class_agreement
 from dmd_jax.evaluation.features import feature_extractor
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance, gather
-from dmd_jax.files import local_path, write_json
+from dmd_jax.files import local_path, path_of, write_json
 from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
 from dmd_jax.metrics import duration, read_metrics
 from dmd_jax.pictures import grid, save_png, to_uint8, viewing_scale
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     config_path = str(shipped_config("digits"))
     config = load_config(config_path, [])
     workdir = args.workdir
-    teacher = Path(config.teacher.weights)
+    teacher = path_of(config.teacher.weights)
     try:
         if args.train_teacher:
             teacher = workdir / "teacher"

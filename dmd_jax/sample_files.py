@@ -10,6 +10,7 @@ import numpy as np
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import replacing
 from dmd_jax.pictures import grid, save_png, to_uint8, viewing_scale
+from dmd_jax.untrusted import read_npy
 
 
 def read_latents(path: Path, sample_shape: Sequence[int | str], num: int | None) -> np.ndarray:
@@ -21,19 +22,19 @@ def read_latents(path: Path, sample_shape: Sequence[int | str], num: int | None)
     Raises:
       UserError: the file cannot be read, or its shape, type or values are not a latent's.
     """
+    latents = f"float [N, {', '.join(map(str, sample_shape))}]"
     try:
-        z = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--latents {path} cannot be read: {error}") from error
-    expected = f"expected float [N, {', '.join(map(str, sample_shape))}]"
+        z = read_npy(path, latents)
+    except UserError as error:
+        raise UserError(f"--latents {error}") from error
+    expected = f"expected {latents}"
     fits = (
-        isinstance(z, np.ndarray)
-        and z.ndim == 1 + len(sample_shape)
+        z.ndim == 1 + len(sample_shape)
         and z.size
         and all(ours in (size, str(ours)) for size, ours in zip(z.shape[1:], sample_shape))
     )
     if not fits:
-        raise UserError(f"--latents {path} has shape {getattr(z, 'shape', None)}; {expected}")
+        raise UserError(f"--latents {path} has shape {z.shape}; {expected}")
     if not np.issubdtype(z.dtype, np.floating):
         raise UserError(f"--latents {path} has type {z.dtype}; {expected}")
     if not np.isfinite(z).all():

@@ -8,8 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dmd_jax.errors import UserError, first_line
+from dmd_jax.errors import UserError
 from dmd_jax.files import write_json
+from dmd_jax.untrusted import LONGEST_JSON, read_json
 
 _SEAL = "sha256"
 
@@ -39,19 +40,23 @@ def unsealed(content: Any) -> tuple[dict[str, Any], bool]:
     return content, seal is not None
 
 
-def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
+def read_sealed(
+    path: Path, expected: str, *, longest: int = LONGEST_JSON
+) -> tuple[dict[str, Any], bool]:
     """A JSON object from a file, without its seal, and whether it had one.
 
+    Args:
+      expected, longest: as of `untrusted.read_json`.
+
     Raises:
-      FileNotFoundError: there is no such file.
-      UserError: it cannot be read, is no JSON object, or was changed since it was written.
+      UserError: as `untrusted.read_json`; it is no JSON object, or was changed since it was
+        written.
     """
+    content = read_json(path, expected, longest=longest)
     try:
-        return unsealed(json.loads(path.read_bytes()))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f"{path}: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+        return unsealed(content)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}; expected {expected}") from error
 
 
 def _digest(content: dict[str, Any]) -> str:

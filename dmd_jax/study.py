@@ -147,6 +147,6 @@ def _contents(config: ConfigDict, pairs: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON file's content; nothing where there is none that can be read and is as it was."""
     try:
-        return read_sealed(path)[0]
-    except (FileNotFoundError, UserError):
+        return read_sealed(path, "what ablate wrote")[0]
+    except UserError:
         return {}

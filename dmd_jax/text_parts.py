@@ -84,10 +84,7 @@ def load_sampling(parts: str | Path) -> dict[str, Any]:
       UserError: the file is missing or damaged, or has a value that is none.
     """
     path = path_of(parts) / _SCHEDULER
-    try:
-        sampling, _ = read_sealed(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} cannot be read: no such file") from error
+    sampling, _ = read_sealed(path, "what `dmd-jax convert diffusers` wrote of sampling")
     for key, expected, fits in (
         ("timestep_spacing", f"one of {', '.join(SPACINGS)}", SPACINGS.__contains__),
         ("steps_offset", "a whole number", lambda value: type(value) is int),
@@ -105,9 +102,9 @@ def _has_parts(folder: Path) -> bool:
 def _teacher_of(folder: Path) -> Path | None:
     """The teacher of the run whose workdir `folder` is; None if it is none."""
     try:
-        content, _ = read_sealed(folder / "config.json")
+        content, _ = read_sealed(folder / "config.json", "a run's config")
         weights = content["config"]["teacher"]["weights"]
-    except (FileNotFoundError, UserError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return None
     return path_of(weights) if weights and isinstance(weights, str) else None
 

@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.traverse_util
+import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from dmd_jax.checkpoints import check_same_architecture, restore_subtree
 from dmd_jax.convert.given_folder import answered
-from dmd_jax.errors import UserError
+from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import path_of
 from dmd_jax.local_copies import local_copy
 from dmd_jax.models import Denoiser, abstract_params, build_denoiser, complete
 from dmd_jax.safetensors_stream import write_safetensors
 from dmd_jax.seals import read_sealed, write_sealed
+from dmd_jax.stand_ins import check_real_file
 
+_LONGEST_CONFIG = 8 << 20  # bytes; the names of many classes take some
+_DTYPES = ("F32", "BF16", "F16")
 # In a run's workdir: the names of the classes that its weights get in their config.json.
 CLASSES_FILE = "classes.json"
 # Where a run's checkpoint holds the network that it is for, best first.
@@ -193,24 +196,47 @@ def _class_names(
 
 def _load_folder(folder: Path) -> Weights:
     config = _read_json(folder / "config.json", needs="network")
-    try:
-        flat = load_file(local_copy(folder / "model.safetensors"))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
+    network = _network(config, folder)
+    expected = flax.traverse_util.flatten_dict(abstract_params(network), sep="/")
+    flat = _read_leaves(folder, expected)
     recorded = config.get("params_sha256")
     if recorded is not None and recorded != params_sha256(flat):
         raise UserError(
             f"{folder / 'model.safetensors'} is damaged: its SHA-256 is not config.json's "
             f"params_sha256 {recorded!r:.100}"
         )
-    network = _network(config, folder)
-    expected = flax.traverse_util.flatten_dict(abstract_params(network), sep="/")
-    # Before they become a tree, which not all names can: no leaf "a" has "a/b" in it.
-    check_same_architecture(flat, expected, folder)
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
     description = config.get("description", str(folder))
     names = _class_names(config, network, folder / "config.json")
     return Weights(network, params, description, config.get("source"), names)
+
+
+def _read_leaves(folder: Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of model.safetensors by their names, "a/b/c".
+
+    Args:
+      expected: their shapes, by which the file's header is judged before an array is read.
+    """
+    path = folder / "model.safetensors"
+    check_real_file(path, "arrays as `dmd-jax teacher`, `train` and `convert` write them")
+    try:
+        with safe_open(local_copy(path), framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {
+                name: jax.ShapeDtypeStruct(tuple(part.get_shape()), np.float32)
+                for name, part in slices.items()
+            }
+            # Before they become a tree, which not all names can: no leaf "a" has "a/b" in it.
+            check_same_architecture(shapes, expected, folder)
+            for name, part in slices.items():
+                if part.get_dtype() not in _DTYPES:
+                    raise UserError(
+                        f"{path}: {name} is {part.get_dtype()}; expected "
+                        f"{' or '.join(_DTYPES)} (float32, bfloat16, float16)"
+                    )
+            return {name: file.get_tensor(name) for name in slices}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def _load_workdir(folder: Path) -> Weights:
@@ -229,10 +255,7 @@ def _load_workdir(folder: Path) -> Weights:
 
 
 def _read_json(path: Path, *, needs: str) -> dict[str, Any]:
-    try:
-        content, _ = read_sealed(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} cannot be read: no such file") from error
+    content, _ = read_sealed(path, "a config of weights or of a run", longest=_LONGEST_CONFIG)
     if needs not in content:
         raise UserError(f"{path} holds no {needs!r}; expected a config of weights or of a run")
     return content

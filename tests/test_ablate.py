@@ -219,7 +219,7 @@ def test_a_row_is_finished_for_what_it_follows_from(study, tmp_path, monkeypatch
     monkeypatch.setattr(study_module, "describe_auxiliary", lambda path, kind: lpips)
     pairs = tmp_path / "pairs"
     pairs.mkdir()
-    metadata, _ = read_sealed(study / "pairs" / "metadata.json")
+    metadata, _ = read_sealed(study / "pairs" / "metadata.json", "a test's")
     overrides, changes = [], {"judges": {"reference": "a"}}
 
     def run_row(row="full"):

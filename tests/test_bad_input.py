@@ -106,7 +106,7 @@ def test_damaged_weights(capsys, copy, tmp_path):
 
 def test_pairs_of_another_resolution_channels_or_classes(capsys, tiny, tmp_path):
     folder = shutil.copytree(argument(tiny, "pairs.folder"), tmp_path / "pairs")
-    original, _ = read_sealed(folder / "metadata.json")
+    original, _ = read_sealed(folder / "metadata.json", "a test's")
     changes = {
         "resolution": {"sample_shape": [16, 16, 1]},
         "channels": {"sample_shape": [8, 8, 3]},
@@ -237,7 +237,7 @@ def test_bad_latents(capsys, copy, tmp_path):
         (good[:0], "has shape (0, 8, 8, 1)"),
         (good.astype(np.int32), "has type int32"),
         (nan, "holds NaN"),
-        (np.array([{}], dtype=object), "cannot be read"),
+        (np.array([{}], dtype=object), "holds Python objects"),
     ):
         np.save(path, latents, allow_pickle=True)
         line = fails(

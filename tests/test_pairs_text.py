@@ -111,7 +111,7 @@ def test_each_prompt_is_used_once_before_any_is_used_again(config, pairs):
 
 
 def test_the_metadata_says_what_the_pairs_are_of(config, pairs):
-    found, _ = read_sealed(pairs / "metadata.json")
+    found, _ = read_sealed(pairs / "metadata.json", "a test's")
     parts = config.parent / "teacher"
     assert found == {
         "format_version": 1,
@@ -135,7 +135,7 @@ def test_the_metadata_says_what_the_pairs_are_of(config, pairs):
         "prompts_sha256": json.loads((config.parent / "prompts" / "metadata.json").read_text())[
             "prompts_sha256"
         ],
-        "sampling": read_sealed(parts / "scheduler.json")[0],
+        "sampling": read_sealed(parts / "scheduler.json", "a test's")[0],
     }
 
 

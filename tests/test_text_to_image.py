@@ -62,7 +62,7 @@ def close(actual, expected, tolerance):
 
 
 def edit(path, **changes):
-    write_sealed(path, read_sealed(path)[0] | changes)
+    write_sealed(path, read_sealed(path, "a test's")[0] | changes)
 
 
 def test_one_step_is_epsilon_at_the_last_level_made_x0(pipeline, raw):

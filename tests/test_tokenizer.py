@@ -211,7 +211,7 @@ def linked_out(folder):
         (removed("merges.txt"), "expected vocab.json and merges.txt in it, or tokenizer.json"),
         (written("vocab.json", b'{"a": 0'), "vocab.json.*Expecting ',' delimiter"),
         (written("vocab.json", b"[]"), "vocab.json.*object"),
-        (written("vocab.json", b"[" * 100_000), "vocab.json.*recursion"),
+        (written("vocab.json", b"[" * 100_000), "vocab.json.*nested too deeply"),
         (written("vocab.json", b"\xff"), "vocab.json.*utf-8"),
         (written("vocab.json", b"{}"), "vocab.json: holds no tokens, expected CLIP's"),
         (changed_json("vocab.json", cat="7"), "vocab.json: 'cat' has the number '7', expected"),

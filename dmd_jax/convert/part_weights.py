@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from dmd_jax.convert.given_folder import GivenFolder
 from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.errors import UserError, first_line
+from dmd_jax.stand_ins import check_real_file
 
 # Stems of the files' names: of diffusers' networks, and of transformers'.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
@@ -102,6 +103,7 @@ class Tensors:
             raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
     def _read_header(self, path: Path) -> None:
+        check_real_file(path, "a file of safetensors")
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 - it is no dictionary

@@ -14,9 +14,7 @@ from dmd_jax.convert.safe_pickle import load, shown
 from dmd_jax.convert.torch_tensors import TENSORS, Storages, Tensor, arrays_of, read_legacy
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.stand_ins import check_real_file
-
-# Weights compress little; only a file of zeros, or one that is made to fill the memory, has more.
-_MOST_COMPRESSION = 100
+from dmd_jax.untrusted import read_npz
 
 
 def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
@@ -37,7 +35,7 @@ def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     check_real_file(path, "a file of arrays: .npz, .safetensors or PyTorch's")
     try:
         if path.suffix == ".npz":
-            found = _read_npz(path)
+            found = read_npz(path, "an .npz of arrays")
         elif path.suffix == ".safetensors":
             found = load_file(path)
         else:
@@ -54,19 +52,6 @@ def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path} is damaged, or no state dict ({type(error).__name__}: {first_line(error)})"
         ) from error
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        claimed = sum(info.file_size for info in archive.infolist())
-    if claimed > _MOST_COMPRESSION * size:
-        raise UserError(
-            f"{path}: its arrays claim {claimed:,} bytes and the file has {size:,}; expected at "
-            f"most {_MOST_COMPRESSION} times the file"
-        )
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import unicodedata
@@ -11,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dmd_jax.data.image_files import LABEL_FILE, ImageFolder, ImageZip, leaves_root
-from dmd_jax.errors import UserError, first_line
+from dmd_jax.errors import UserError
+from dmd_jax.untrusted import LONGEST_JSON, parse_json
 
 
 class Labels(NamedTuple):
@@ -67,12 +67,10 @@ def _labels_from_folders(files: ImageFolder | ImageZip) -> Labels | None:
 
 def _labels_from_json(files: ImageFolder | ImageZip) -> np.ndarray | None:
     where = f"{files.path}: {LABEL_FILE}"
-    try:
-        listing = json.loads(files.read(LABEL_FILE))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not readable as JSON ({first_line(error)})") from error
+    expected = '{"labels": [[name, label], …]}'
+    listing = parse_json(files.read(LABEL_FILE, LONGEST_JSON), where, expected)
     if not isinstance(listing, dict) or "labels" not in listing:
-        raise UserError(f'{where} has no key "labels", expected {{"labels": [[name, label], …]}}')
+        raise UserError(f'{where} has no key "labels", expected {expected}')
     if listing["labels"] is None:
         return None
     entries = listing["labels"]

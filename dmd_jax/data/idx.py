@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from dmd_jax.errors import UserError
+from dmd_jax.stand_ins import check_real_file
+from dmd_jax.untrusted import check_unpacked
 
 _IMAGES = re.compile(r"(?P<prefix>.*)images(?P<sep>[-.])idx3-ubyte(?:\.gz)?")
 _SPLITS = {"train": "train", "test": "t10k"}
@@ -45,9 +47,10 @@ def find_labels(images: Path) -> Path | None:
 def read_idx(path: Path, ndim: int) -> np.ndarray:
     """Reads one idx file, plain or gzip by its name: uint8 of `ndim` dimensions.
 
-    Raises UserError that names the file if it is unreadable, not idx, or shorter or longer than
-    its header says.
+    Raises UserError that names the file if it is unreadable, not idx, shorter or longer than its
+    header says, or claims far more than it could hold.
     """
+    check_real_file(path, "an idx file")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as stream:
@@ -59,6 +62,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
                     "and the sizes)"
                 )
             shape = struct.unpack(f">{ndim}I", header[4:])
+            check_unpacked(math.prod(shape), path)
             values = _read_at_most(stream, math.prod(shape) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}), expected an idx file") from error
@@ -70,14 +74,14 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
-def _read_at_most(stream, limit: int) -> bytes:
+def _read_at_most(stream, limit: int) -> bytearray:
     # Piece by piece: a damaged header may ask for far more than the file can hold, and a single
     # read would allocate that much first.
-    pieces = []
+    values = bytearray()
     while limit > 0 and (piece := stream.read(min(limit, _CHUNK_BYTES))):
-        pieces.append(piece)
+        values += piece
         limit -= len(piece)
-    return b"".join(pieces)
+    return values
 
 
 def _plain_or_gz(path: Path) -> Path | None:

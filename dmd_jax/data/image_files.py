@@ -21,8 +21,11 @@ import numpy as np
 from dmd_jax.data.pixels import SUFFIXES, decode_pixels
 from dmd_jax.data.png import SIGNATURE, decode_png
 from dmd_jax.errors import UserError, first_line
+from dmd_jax.stand_ins import check_real_file
+from dmd_jax.untrusted import read_member
 
 LABEL_FILE = "dataset.json"
+LONGEST_IMAGE = 64 << 20  # bytes of a file; a picture of the most pixels fits uncompressed
 
 
 class ImageFolder:
@@ -59,14 +62,18 @@ class ImageFolder:
                     else:
                         yield name
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, longest: int = LONGEST_IMAGE) -> bytes:
+        """The content of a file; a UserError if it has more than `longest` bytes."""
         path = self.path / name
+        check_real_file(path, "an image" if name != LABEL_FILE else "EDM's labels")
         try:
-            if not path.is_file():  # opening a pipe would wait for ever
-                raise UserError(f"{path}: expected a regular file")
-            return path.read_bytes()
+            with path.open("rb") as file:
+                content = file.read(longest + 1)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+        if len(content) > longest:
+            raise UserError(f"{path}: has more than {longest:,} bytes; expected fewer")
+        return content
 
 
 class ImageZip:
@@ -95,13 +102,9 @@ class ImageZip:
     def __getstate__(self):
         return self.__dict__ | {"_archive": None, "_archive_pid": None}
 
-    def read(self, name: str) -> bytes:
-        try:
-            return self._open().read(name)
-        except UserError:
-            raise
-        except Exception as error:  # bad checksum, encryption, unknown compression, zlib.error, …
-            raise UserError(f"{self.path}: {name} cannot be read ({first_line(error)})") from error
+    def read(self, name: str, longest: int = LONGEST_IMAGE) -> bytes:
+        """The content of a member; a UserError if it has more than `longest` bytes."""
+        return read_member(self._open(), name, str(self.path), longest=longest)
 
 
 def decode_image(data: bytes, where: str) -> np.ndarray:

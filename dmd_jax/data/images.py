@@ -17,10 +17,11 @@ import numpy as np
 from dmd_jax.data import idx
 from dmd_jax.data.image_files import ImageFolder, ImageZip
 from dmd_jax.data.sources import ArraySource, FileSource, ImageSource, PaddedSource, TfdsSource
-from dmd_jax.errors import UserError, first_line
+from dmd_jax.errors import UserError
 from dmd_jax.files import in_bucket, path_of
 from dmd_jax.local_copies import local_copy
 from dmd_jax.stand_ins import check_real_file, dangling_link
+from dmd_jax.untrusted import read_npz
 
 FORMS = (
     '"digits", a folder or .zip of images (PNG, JPEG, WebP, BMP, TIFF), an .npz, an idx file or a '
@@ -90,7 +91,7 @@ def _open_path(source: str) -> ImageSource:
         path = local_copy(path)
     if not path.exists() and "#" in source:
         name, _, split = source.rpartition("#")
-        path = Path(name)
+        path = path_of(name)
         if split not in ("train", "test"):
             raise UserError(f"{source}: unknown split {split!r}, expected #train or #test")
     if link := dangling_link(path):
@@ -124,13 +125,7 @@ def _open_idx(path: Path) -> ArraySource:
 
 
 def _open_npz(path: Path) -> ArraySource:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            held = {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # NumPy, zipfile and zlib each raise their own on damaged bytes
-        raise UserError(
-            f"{path}: cannot be read as an .npz of plain arrays ({first_line(error)})"
-        ) from error
+    held = read_npz(path, "an .npz of images and, if there are any, labels")
     name = "images"
     if name not in held:
         candidates = [name for name, value in held.items() if value.ndim == 4]

@@ -28,6 +28,8 @@ from dmd_jax.stand_ins import check_real_file
 KEYS = ("caption", "text", "prompt")
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".tar")
 MAX_ROW_BYTES = 1 << 20
+# What a column of a row group may unpack to: so many bytes, or so many times those of the file.
+_ANY_SIZE, _MOST_COMPRESSION = 128 << 20, 20
 _BOM = "\ufeff".encode()
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -114,6 +116,7 @@ class PromptRows:
             schema = table.schema_arrow
             if not self._holds_key(schema.names):
                 raise UserError(f"{path}: {self._no_key(schema.names)}")
+            _check_pages(table.metadata, self.key, path)
             column = schema.field(self.key).type
             if pa.types.is_dictionary(column):
                 column = column.value_type
@@ -122,16 +125,21 @@ class PromptRows:
                 *(pa.binary(), pa.large_binary(), pa.binary_view()),
             ):
                 raise UserError(f"{path}: column {self.key!r} is {column}, expected text")
+        # Few long texts may stand for many rows: a column of a dictionary stays one.
+        with parquet.ParquetFile(path, read_dictionary=[self.key]) as table:
             number = 0
-            for batch in table.iter_batches(batch_size=4096, columns=[self.key]):
+            for batch in table.iter_batches(batch_size=256, columns=[self.key]):
                 values = batch.column(0)
-                if pa.types.is_dictionary(values.type):
-                    values = values.dictionary_decode()
+                if not pa.types.is_dictionary(values.type):
+                    values = values.dictionary_encode()
                 # As bytes: Arrow does not check that a string is UTF-8.
-                for value in values.cast(pa.large_binary()).to_pylist():
+                used = values.indices.unique().drop_null()
+                found = values.dictionary.take(used).cast(pa.large_binary()).to_pylist()
+                texts = dict(zip(used.to_pylist(), found))
+                for index in values.indices.to_pylist():
                     number += 1
                     try:
-                        yield _utf8(_text(value))
+                        yield _utf8(_text(texts.get(index)))
                     except _Problem as problem:
                         yield BrokenRow(f"{path} row {number}", str(problem))
 
@@ -171,6 +179,19 @@ class PromptRows:
         return f"{wanted}; those there: {named or 'none'}"
 
 
+def _check_pages(metadata: Any, key: str, path: Path) -> None:
+    """Refuses a table whose column would fill the memory as soon as its pages are unpacked."""
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group)
+        for column in (rows.column(index) for index in range(rows.num_columns)):
+            size, stored = column.total_uncompressed_size, column.total_compressed_size
+            if column.path_in_schema == key and size > max(_ANY_SIZE, _MOST_COMPRESSION * stored):
+                raise UserError(
+                    f"{path}: {key!r} unpacks from {stored:,} bytes to {size:,} in row group "
+                    f"{group}; expected at most {_MOST_COMPRESSION} times as many"
+                )
+
+
 def _find_files(source: str) -> list[Path]:
     path = local_path(source)
     if path.is_dir():
@@ -178,7 +199,7 @@ def _find_files(source: str) -> list[Path]:
     elif path.exists() or not glob.has_magic(source):
         files = [path]
     else:
-        files = [Path(name) for name in sorted(glob.glob(source, recursive=True))]
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     expected = f"expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
     if not files:
         raise UserError(f"{source}: holds no prompts, {expected}")

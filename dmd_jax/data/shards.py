@@ -26,6 +26,7 @@ from dmd_jax.errors import UserError
 from dmd_jax.files import in_bucket, path_of, replacing
 from dmd_jax.local_copies import local_folder
 from dmd_jax.seals import write_sealed
+from dmd_jax.stand_ins import check_real_file
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class ShardReader:
             )
         self._local = local_folder(self._folder, names)
         for shard, name in enumerate(names):
+            check_real_file(self._local / name, f"a shard of {kind}", may_be_empty=True)
             start, stop = self._metadata.shard_range(shard)
             found = _count_records(self._local / name)
             if found != stop - start:
@@ -173,7 +175,7 @@ def _count_records(path: Path) -> int:
 
 
 def _is_whole(path: Path, size: int, kind: str) -> bool:
-    if not path.exists():
+    if not path.is_file():
         return False
     found = _count_records(path)
     if found != size:

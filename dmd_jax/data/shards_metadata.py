@@ -68,12 +68,7 @@ def read_metadata(folder: str | os.PathLike, *kinds: type[Metadata]) -> Metadata
     Raises UserError if it is missing, damaged or incomplete.
     """
     path = path_of(folder) / METADATA_FILE
-    try:
-        values, _ = read_sealed(path)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: no such file, expected a folder written by `{kinds[0].KIND}`"
-        ) from error
+    values, _ = read_sealed(path, f"a folder written by `{kinds[0].KIND}`")
     found = set(values)
     keys = {kind: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
     kind = min(kinds, key=lambda kind: len(keys[kind] ^ found))  # the nearest, where none fits

@@ -110,14 +110,14 @@ def _load(folder: Path, name: str) -> Weights:
 
 
 def _load_preparation(path: Path) -> Preparation:
+    content, _ = read_sealed(path, "what `dmd-jax convert clip` wrote")
     try:
-        content, _ = read_sealed(path)
         return Preparation(
             **{field.name: content[field.name] for field in dataclasses.fields(Preparation)}
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} holds no sizes, mean and std; expected those") from error
-    except (OSError, ValueError, RecursionError, UserError) as error:
+    except (ValueError, UserError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
 

@@ -7,14 +7,14 @@ text file all lines in order. Of these `num`, evenly spread from the first on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmd_jax.data.prompt_rows import BrokenRow, PromptRows
-from dmd_jax.errors import UserError, first_line
+from dmd_jax.errors import UserError
 from dmd_jax.evaluation.reference import evenly
+from dmd_jax.untrusted import read_json
 
 NUM_CAPTIONS = 30_000
 _FORMS = "expected COCO's captions as .json, or a caption a line in a .txt"
@@ -56,9 +56,9 @@ def _from_lines(path: Path) -> list[str]:
 
 def _from_json(path: Path) -> list[str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--coco {path} cannot be read: {first_line(error)}") from error
+        content = read_json(path, "the JSON of COCO's captions")
+    except UserError as error:
+        raise UserError(f"--coco {error}") from error
     entries = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise UserError(f"--coco {path} has no list of annotations; {_FORMS}")

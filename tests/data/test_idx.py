@@ -74,7 +74,7 @@ def test_the_split_must_be_there(tmp_path):
         (idx_bytes(IMAGES[0]), "no idx file of unsigned bytes with 3 dimensions.*00 00 08 02"),
         (struct.pack(">4B3I", 0, 0, 13, 3, 1, 1, 1) + b"1234", "no idx file of unsigned bytes"),
         (idx_bytes(IMAGES) + b"\0", "holds more bytes of values, its header says 48"),
-        (struct.pack(">4B3I", 0, 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1), "holds 0 bytes"),
+        (struct.pack(">4B3I", 0, 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1), "its arrays claim"),
         (idx_bytes(IMAGES[:0]), r"images of shape \(0, 4, 4, 1\)"),
         (idx_bytes(IMAGES[:, :2]), "2x4x1, expected square"),
     ],

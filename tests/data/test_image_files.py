@@ -201,16 +201,16 @@ GOOD = {"a.png": png(1), "b.png": png(2)}
     [
         ({"readme.txt": b""}, "holds no image file"),
         (GOOD | {"c.png": png(1)[:40]}, "c.png: cannot be read as PNG"),
-        (GOOD | {"c.png": b""}, "c.png: is empty; expected PNG, JPEG, WEBP, BMP, TIFF"),
+        (GOOD | {"c.png": b""}, "c.png: is empty; expected "),
         (GOOD | {"c.png": png(1, size=(5, 5))}, r"c.png has shape \(5, 5, 1\), expected \(4, 4, 1"),
         (GOOD | {"c.png": png((1, 2, 3), mode="RGB")}, r"c.png has shape \(4, 4, 3\)"),
         ({"a.png": png(1, size=(4, 3))}, "3x4x1, expected square"),
         ({"a.png": png((1, 2, 3, 4), mode="RGBA")}, "a.png: a PNG of mode RGBA, expected 8-bit"),
         ({"a.png": png(1, mode="I;16")}, "a.png: a PNG of 16 bits a sample"),
         (GOOD | {"x/c.png": png(1)}, "a.png lies beside the sub-folders"),
-        (GOOD | {"dataset.json": b"{"}, "dataset.json is not readable as JSON"),
-        (GOOD | {"dataset.json": b"\xff\xfe"}, "dataset.json is not readable as JSON"),
-        (GOOD | {"dataset.json": b"[" * 200_000}, "dataset.json is not readable as JSON"),
+        (GOOD | {"dataset.json": b"{"}, "dataset.json cannot be read as JSON"),
+        (GOOD | {"dataset.json": b"\xff\xfe"}, "dataset.json cannot be read as JSON"),
+        (GOOD | {"dataset.json": b"[" * 200_000}, "dataset.json cannot be read as JSON"),
         (GOOD | {"dataset.json": {}}, 'no key "labels"'),
         (GOOD | {"dataset.json": []}, 'no key "labels"'),
         (GOOD | {"dataset.json": {"labels": 3}}, '"labels" is no list'),
@@ -265,14 +265,14 @@ def test_links_inside_the_folder(tmp_path):
     np.testing.assert_allclose(first_pixels(source), [[-0.6], [-0.2], [-0.6]], atol=1e-7)
 
     os.unlink(root / "x" / "a.png")
-    with pytest.raises(UserError, match="y/c.png: expected a regular file"):
+    with pytest.raises(UserError, match="y/c.png: is a link to .../x/a.png., which is not there"):
         open_images(str(root))
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     write_folder(tmp_path, GOOD)
     os.mkfifo(tmp_path / "c.png")
-    with pytest.raises(UserError, match="c.png: expected a regular file"):
+    with pytest.raises(UserError, match="c.png: is no regular file but a pipe"):
         open_images(str(tmp_path))
 
 

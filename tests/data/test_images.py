@@ -75,7 +75,7 @@ IMAGES = np.zeros((2, 4, 4, 1), np.uint8)
         ({"images": IMAGES, "labels": np.array([0, 1_000_000])}, "label 1000000 found"),
         ({"images": IMAGES, "labels": np.array([0.0, 1.0])}, "labels are float64"),
         ({"images": IMAGES, "labels": np.array([1])}, r"of shape \(1,\)"),
-        ({"images": np.array([None, {}])}, "cannot be read as an .npz of plain arrays"),
+        ({"images": np.array([None, {}])}, "images.npy: holds Python objects"),
     ],
 )
 def test_bad_npz(tmp_path, arrays, message):

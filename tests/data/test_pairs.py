@@ -94,7 +94,7 @@ def test_the_record_is_as_documented(folder):
 
 
 def test_metadata_file(folder):
-    written, trusted = read_sealed(folder / "metadata.json")
+    written, trusted = read_sealed(folder / "metadata.json", "a test's")
     assert trusted
     assert written == {
         "format_version": 1,
@@ -117,7 +117,7 @@ def test_metadata_file(folder):
 
 def test_pairs_that_do_not_say_their_precision_are_read_and_not_gone_on_with(folder):
     path = folder / "metadata.json"
-    values, _ = read_sealed(path)
+    values, _ = read_sealed(path, "a test's")
     del values["compute_dtype"], values["matmul_precision"]
     path.write_text(json.dumps(values))
     found = open_pairs(folder).metadata
@@ -277,8 +277,8 @@ def test_pairs_that_do_not_fit_the_configuration(folder, expected, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (None, "no such file, expected a folder written by"),
-        (b"", "cannot be read as JSON"),
+        (None, "no such file; expected a folder written by"),
+        (b"", "metadata.json: is empty"),
         (b"{", "cannot be read as JSON"),
         (b"\xff\xfe", "cannot be read as JSON"),
         (b"[" * 200_000, "cannot be read as JSON"),
@@ -308,7 +308,7 @@ def test_bad_metadata(folder, change, message):
     elif isinstance(change, bytes):
         path.write_bytes(change)
     else:
-        values = read_sealed(path)[0] | change
+        values = read_sealed(path, "a test's")[0] | change
         write_sealed(path, {k: v for k, v in values.items() if v is not ...})
     with pytest.raises(UserError, match=message) as caught:
         open_pairs(folder)

@@ -40,7 +40,7 @@ def test_every_kind_gives_the_same_prompts(tmp_path, name):
 def test_metadata_and_shards(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", PROMPTS, key="Prompt")
     metadata = write_prompts(tmp_path / "out", tmp_path / "rows.jsonl", shard_size=2)
-    assert read_sealed(tmp_path / "out" / "metadata.json")[0] == {
+    assert read_sealed(tmp_path / "out" / "metadata.json", "a test's")[0] == {
         "source": "rows.jsonl",
         "files": 1,
         "key": "Prompt",
@@ -120,7 +120,7 @@ def test_bad_metadata(tmp_path, change, message):
     write_txt(tmp_path / "a.txt", PROMPTS[:3] + PROMPTS[4:] + ["z"])
     write_prompts(tmp_path, tmp_path / "a.txt", shard_size=2)
     path = tmp_path / "metadata.json"
-    values = read_sealed(path)[0] | change
+    values = read_sealed(path, "a test's")[0] | change
     write_sealed(path, {k: v for k, v in values.items() if v is not ...})
     with pytest.raises(UserError, match=message):
         PromptSource(tmp_path)

@@ -96,7 +96,7 @@ def test_stable_diffusions_record_has_the_documented_size():
 
 
 def test_metadata_file(folder):
-    written, _ = read_sealed(folder / "metadata.json")
+    written, _ = read_sealed(folder / "metadata.json", "a test's")
     shared = COMMON | {"sample_shape": [2, 3, 4], "format_version": 1, "dtype": "float32"}
     assert written == shared | TEXT
 
@@ -159,7 +159,7 @@ def test_pairs_that_do_not_fit_the_configuration(folder, expected, message):
 )
 def test_bad_metadata(folder, change, message):
     path = folder / "metadata.json"
-    values = read_sealed(path)[0] | change
+    values = read_sealed(path, "a test's")[0] | change
     write_sealed(path, {k: v for k, v in values.items() if v is not ...})
     with pytest.raises(UserError, match=f"metadata.json: .*{message}"):
         open_pairs(folder)

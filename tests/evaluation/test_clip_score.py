@@ -181,7 +181,7 @@ def test_folders_that_are_refused(folder, tmp_path):
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(folder, copy)
-        content, _ = read_sealed(copy / path)
+        content, _ = read_sealed(copy / path, "a test's")
         change(content)
         write_sealed(copy / path, content)
         with pytest.raises(UserError) as raised:

@@ -72,7 +72,7 @@ def test_the_origin_tells_other_images_apart_but_not_other_names(tmp_path):
         ({"sigma": -np.eye(4)}, "sigma is not symmetric with variances"),
         ({"mu": np.full(4, np.nan)}, "a value is not finite"),
         ({"mu": np.array(["a"] * 4)}, "mu is <U1, expected floating point"),
-        ({"mu": np.array([None] * 4)}, "cannot be read as an .npz of plain arrays"),
+        ({"mu": np.array([None] * 4)}, "mu.npy: holds Python objects"),
         ({"count": 0}, "count is 0"),
     ],
 )
