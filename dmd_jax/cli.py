@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import shlex
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 
 from dmd_jax import processes
 from dmd_jax.errors import Stopped, UserError
-from dmd_jax.flags import check_flags
+from dmd_jax.flags import check_flags, missing_devices
+from dmd_jax.terminal import one_line, terminal
 
 COMMANDS = {
     "quickstart": "digits from end to end: pairs, distillation, evaluation and a report",
@@ -47,6 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     Of several processes, 75 says that another one is gone, and the same command may go well.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with terminal():
+            return _main(argv)
+    except UserError as error:  # of the streams themselves
+        with contextlib.suppress(OSError, AttributeError):
+            print(f"dmd-jax: error: {one_line(str(error))}", file=sys.stderr)
+        return 2
+
+
+def _main(argv: list[str]) -> int:
+    """`main` with the streams of `terminal`; a UserError is of these."""
+    try:
+        code = _outcome(argv)
+    except SystemExit as ended:  # of --help
+        code = ended.code
+    sys.stdout.flush()
+    return code
+
+
+def _outcome(argv: list[str]) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     # Orbax logs the tracebacks of what it raises as well; the command reports that in one line.
     # gcsfs and google.auth likewise.
@@ -58,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         dispatch(argv)
     except UserError as error:
-        line = " ".join(str(error).split())
+        line = one_line(str(error))
         return _fail(line, 2, f"dmd-jax: error: {line}")
     except Stopped as stopped:
         processes.leave()
@@ -67,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130, "dmd-jax: interrupted")
     except Exception:
+        if problem := missing_devices():
+            return _fail(problem, 2, f"dmd-jax: error: {problem}")
         processes.end_by_a_bug()
         raise
     processes.leave()

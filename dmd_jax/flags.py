@@ -1,10 +1,15 @@
-"""JAX's flags that change numbers: each has to be as this package counts on it."""
+"""JAX's flags: those that change numbers have to be as this package counts on, devices as asked."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import sys
+from collections.abc import Collection
+
 import jax
 
-from dmd_jax.errors import UserError
+from dmd_jax.errors import UserError, first_line
 
 # Where one of them differs, the same seed gives other noise, or sums have another type.
 EXPECTED = {
@@ -14,6 +19,62 @@ EXPECTED = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_random_seed_offset": 0,
 }
+
+
+# Packages by which JAX drives accelerators.
+_PLUGINS = {
+    "jax_cuda12_plugin": "NVIDIA GPU",
+    "jax_cuda13_plugin": "NVIDIA GPU",
+    "jax_rocm7_plugin": "AMD GPU",
+    "libtpu": "TPU",
+}
+
+
+def missing_devices() -> str | None:
+    """What is wrong if JAX has no devices of JAX_PLATFORMS here, in a line; None if it has.
+
+    JAX raises an error without a word for some of these. Starts the devices.
+    """
+    try:
+        jax.devices()
+    except Exception as error:  # an AssertionError, a RuntimeError, or that of a plugin
+        asked = jax.config.jax_platforms
+        where = f"JAX_PLATFORMS is {asked}, and JAX" if asked else "JAX"
+        reason = f" ({first_line(error)})" if str(error).strip() else ""
+        return (
+            f"{where} finds no such devices here{reason}; expected an install with their plugin, "
+            "such as dmd_jax[gpu] or dmd_jax[tpu], or JAX_PLATFORMS=cpu"
+        )
+    return None
+
+
+def fall_back(found: str, asked: str | None, installed: Collection[str]) -> str | None:
+    """A line that says that JAX computes on the CPU where something else was meant, or None.
+
+    Args:
+      found: the platform of the devices. asked: JAX_PLATFORMS.
+      installed: the packages that are.
+    """
+    if found != "cpu" or (asked and asked.split(",")[0] == "cpu"):
+        return None
+    if asked:
+        return f"JAX_PLATFORMS is {asked}, of which only cpu has devices: computing on the CPU"
+    plugins = [name for name in _PLUGINS if name in installed]
+    if not plugins:
+        return None
+    return (
+        f"{plugins[0]} is installed, but JAX finds no {_PLUGINS[plugins[0]]} here: computing on "
+        "the CPU (JAX_PLATFORMS=cpu if that is meant)"
+    )
+
+
+@functools.cache
+def warn_of_fall_back() -> None:
+    """Says so on stderr, once, if JAX has fallen back to the CPU. Starts the devices."""
+    installed = [name for name in _PLUGINS if importlib.util.find_spec(name)]
+    line = fall_back(jax.devices()[0].platform, jax.config.jax_platforms, installed)
+    if line:
+        print(f"dmd-jax: warning: {line}", file=sys.stderr)
 
 
 def check_flags() -> None:

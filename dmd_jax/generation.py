@@ -65,7 +65,11 @@ class ImageMaker:
     ) -> np.ndarray:
         """Images float32 [N, *sample_shape] from latents of that shape and labels [N].
 
+        Raises UserError for latents or labels of another shape or type, and labels that the
+        network does not have.
+
         Args:
+          labels: integers; None for a network without classes, which takes zeros as well.
           seed: of the noise that a stochastic sampler adds.
           first: the index of z[0] among the images of the seed; each batch's noise is a function
             of the seed and the index of the batch's first image.
@@ -76,10 +80,33 @@ class ImageMaker:
         self, z: np.ndarray, labels: np.ndarray | None = None, *, seed: int = 0, first: int = 0
     ) -> Iterator[np.ndarray]:
         """The same, batch by batch."""
-        labels = None if self.num_classes == 0 else labels.astype(np.int32)
+        z = checked_latents(z, self.sample_shape)
+        labels = self._checked_labels(labels, len(z))
         for start, count, (part, cond) in self._devices.batches(z, labels):
             key = role_key(key_data(seed), first + start, Role.SAMPLER_NOISE)
             yield np.asarray(self._sample(self._params, part, cond, key))[:count]
+
+    def _checked_labels(self, labels: np.ndarray | None, count: int) -> np.ndarray | None:
+        """Labels int32 [count]; on a device a wrong one would be no class, without an error."""
+        if labels is None:
+            if self.num_classes:
+                raise UserError(
+                    f"labels are None; expected integers [{count}] of the network's "
+                    f"{self.num_classes} classes"
+                )
+            return None
+        labels = np.asarray(labels)
+        if labels.shape != (count,) or labels.dtype.kind not in "iu":
+            raise UserError(
+                f"labels are {labels.dtype} of shape {labels.shape}; expected integers [{count}], "
+                "one for each latent"
+            )
+        wrong = labels[(labels < 0) | (labels >= max(self.num_classes, 1))]
+        if wrong.size and self.num_classes:
+            raise UserError(f"label {wrong[0]}; expected 0 to {self.num_classes - 1}")
+        if wrong.size:
+            raise UserError(f"label {wrong[0]} for a network without classes; expected None")
+        return labels.astype(np.int32) if self.num_classes else None
 
 
 class LocalDevices:
@@ -125,6 +152,21 @@ class LocalDevices:
                 for part in parts
             ]
             yield start, stop - start, batch
+
+
+def checked_latents(z: np.ndarray, sample_shape: tuple[int, ...]) -> np.ndarray:
+    """z [N, *sample_shape] float, N >= 1, as an array.
+
+    Raises:
+      UserError: another shape or type.
+    """
+    z = np.asarray(z)
+    if z.ndim == 0 or z.shape[1:] != tuple(sample_shape) or not len(z) or z.dtype.kind != "f":
+        raise UserError(
+            f"latents are {z.dtype} of shape {z.shape}; expected float [N, "
+            f"{', '.join(map(str, sample_shape))}], N at least 1"
+        )
+    return z
 
 
 def pad_rows(rows: np.ndarray, count: int) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 from dmd_jax.errors import UserError
 from dmd_jax.files import in_bucket, write_whole
 from dmd_jax.pictures import save_png
+from dmd_jax.terminal import ERASE_LINE
 
 log = logging.getLogger(__name__)
 
@@ -224,9 +225,9 @@ class Progress:
         line = f"{self._name}  {done:,}{of}  {self.rate:,.1f} {self._unit}/s  {left}{note}".rstrip()
         if self._enabled:
             end = "" if self._terminal and (self._total is None or done < self._total) else "\n"
-            print(
-                f"\r\x1b[K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True
-            )
+            if self._terminal:
+                sys.stderr.write(ERASE_LINE)
+            print(line, end=end, file=sys.stderr, flush=True)
 
     def restart(self, done: int) -> None:
         """Takes the time until here (compilation) out of the rate."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax import losses, samplers
+from dmd_jax.errors import UserError
 from dmd_jax.schedules import NoiseLevel, NoiseSchedule, edm_level, forward_diffusion
 from dmd_jax.types import Denoise, Generate, Params
 
@@ -125,10 +126,17 @@ def generator_loss(
         as a point at x itself, whose score has mean zero, so that mu_fake = x.
       distance: of `losses.regression_loss`.
 
+    Raises:
+      UserError: a key that `batch` lacks, by its name.
+
     Returns:
       (loss, aux). aux holds "x" [B, ...], the pre-update samples, for the fake score; "metrics", a
       dict of scalars; and "pictures", the images behind the loss.
     """
+    _check_batch(batch, ("z", "cond"), "the matching loss")
+    if regression_weight:
+        needed = ("y_ref", "cond_ref") if "z_ref" in batch else ("y_ref",)
+        _check_batch(batch, needed, f"the regression, whose weight is {regression_weight:g}")
     x = networks.generate(params, batch["z"], batch["cond"])
     loss, metrics, pictures = jnp.zeros(()), {}, {"x": x}
     if matching_weight:
@@ -157,6 +165,26 @@ def generator_loss(
         pictures |= dict(x_ref=x_ref, y_ref=batch["y_ref"])
     metrics["loss_generator"] = loss
     return loss, {"x": jax.lax.stop_gradient(x), "metrics": metrics, "pictures": pictures}
+
+
+# What each key of a batch is, for an error.
+_MEANINGS = {
+    "z": "fresh latents [B, ...]",
+    "cond": "their conditions: None, or a tree of arrays [B, ...]",
+    "x0": "clean images [B, ...]",
+    "y_ref": "the teacher's images of the pairs [R, ...]",
+    "cond_ref": "the pairs' conditions: None, or a tree of arrays [R, ...]",
+}
+
+
+def _check_batch(batch: Mapping[str, Any], keys: tuple[str, ...], purpose: str) -> None:
+    """Raises a UserError that names the first key of these that the batch lacks."""
+    for key in keys:
+        if key not in batch:
+            held = ", ".join(map(repr, batch)) or "nothing"
+            raise UserError(
+                f"the batch has no {key!r} but {held}; expected {_MEANINGS[key]}, for {purpose}"
+            )
 
 
 def _matching_gradient(
@@ -218,7 +246,11 @@ def fake_score_loss(
 
     Returns:
       The scalar mean over the batch.
+
+    Raises:
+      UserError: a key that `batch` lacks, by its name.
     """
+    _check_batch(batch, ("x0", "cond"), "the denoising loss")
     x0 = jax.lax.stop_gradient(batch["x0"])
     x_t = forward_diffusion(x0, draws.noise, draws.level)
     denoised = denoise(params, x_t, draws.level, batch["cond"])

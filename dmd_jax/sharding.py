@@ -15,6 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmd_jax.errors import UserError
+from dmd_jax.flags import warn_of_fall_back
 
 AXES = ("data", "fsdp", "tensor")
 # (regular expression searched in the leaf's path, tactic); the first that matches decides.
@@ -36,6 +37,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
         divide data.
     """
     devices = jax.devices() if devices is None else devices
+    if devices[0].platform == "cpu":
+        warn_of_fall_back()
     sizes = [data, fsdp, tensor]
     shown = f"mesh data={data}, fsdp={fsdp}, tensor={tensor}"
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):

@@ -14,7 +14,7 @@ import numpy as np
 from dmd_jax import discrete_samplers, samplers
 from dmd_jax.errors import UserError
 from dmd_jax.files import path_of
-from dmd_jax.generation import LocalDevices
+from dmd_jax.generation import LocalDevices, checked_latents
 from dmd_jax.models import Denoiser, build_network, complete, guided
 from dmd_jax.models.clip_text import check_tokens
 from dmd_jax.text_parts import load_decoder, load_sampling, load_text_encoder, parts_folder
@@ -166,7 +166,8 @@ class LatentMaker:
         denoiser = denoiser_of(pipeline.unet, **computation)
         sample = latent_sampler(sampler, denoiser, num_steps, guidance, pipeline.sampling)
         self.latent_shape = tuple(latent_shape or denoiser.sample_shape)
-        self._vocab_size = complete(pipeline.text_encoder.network)["vocab_size"]
+        text = complete(pipeline.text_encoder.network)
+        self._vocab_size, self._longest = text["vocab_size"], text["max_position_embeddings"]
         self._devices = LocalDevices(batch_size, devices)
         self.batch_size = self._devices.batch_size
         self._decoder, self._computation = pipeline.decoder, computation
@@ -189,12 +190,19 @@ class LatentMaker:
         """Latents float32 [N, h, w, C] from standard normal z of that shape and tokens [N, L].
 
         Raises:
-          UserError: a token outside of the text encoder's vocabulary.
+          UserError: latents or tokens of another shape or type, or a token outside of the text
+            encoder's vocabulary.
         """
         return np.concatenate(list(self.batches(z, tokens)))
 
     def batches(self, z: np.ndarray, tokens: np.ndarray) -> Iterator[np.ndarray]:
         """The same, batch by batch."""
+        z, tokens = checked_latents(z, self.latent_shape), np.asarray(tokens)
+        if tokens.ndim != 2 or len(tokens) != len(z) or tokens.shape[1] > self._longest:
+            raise UserError(
+                f"tokens are of shape {tokens.shape}; expected [{len(z)}, L], a row for each "
+                f"latent, L at most {self._longest}"
+            )
         check_tokens(tokens, self._vocab_size)
         for _, count, rows in self._devices.batches(z, tokens):
             yield np.asarray(self._make(self._params, self._uncond, *rows))[:count]

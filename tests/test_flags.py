@@ -4,7 +4,8 @@ import jax
 import pytest
 from commands import fails, finish, start
 
-from dmd_jax.flags import EXPECTED
+from dmd_jax.flags import EXPECTED, fall_back
+from dmd_jax.weights import packaged
 
 # A value of each that is not the expected one.
 OTHER = {
@@ -31,3 +32,35 @@ def test_a_flag_of_the_environment_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
     said = finish(start("sample", "--weights", tmp_path, "--out", tmp_path / "a.npy"), code=2)
     assert "JAX_ENABLE_X64 is True" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
+def test_devices_that_are_not_there_are_one_line(monkeypatch, tmp_path, platforms):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    weights = ("--weights", packaged("digits_teacher"))
+    said = finish(start("sample", *weights, "--num", 1, "--out", tmp_path / "a.npy"), code=2)
+    assert f"dmd-jax: error: JAX_PLATFORMS is {platforms}, and JAX finds no such devices" in said
+    assert "Traceback" not in said
+
+
+def test_a_fall_back_to_the_cpu_is_said_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    weights = ("--weights", packaged("digits_teacher"))
+    said = finish(start("sample", *weights, "--num", 1, "--out", tmp_path / "a.npy"), code=0)
+    assert said.count("dmd-jax: warning: JAX_PLATFORMS is cuda,cpu, of which only cpu has") == 1
+
+
+@pytest.mark.parametrize(
+    "found, asked, installed, said",
+    [
+        ("cpu", None, [], None),
+        ("cpu", "cpu", ["jax_cuda13_plugin"], None),
+        ("gpu", None, ["jax_cuda13_plugin"], None),
+        ("cpu", None, ["jax_cuda13_plugin"], "finds no NVIDIA GPU here"),
+        ("cpu", "", ["libtpu"], "finds no TPU here"),
+        ("cpu", "cuda,cpu", [], "JAX_PLATFORMS is cuda,cpu"),
+    ],
+)
+def test_what_is_a_fall_back(found, asked, installed, said):
+    line = fall_back(found, asked, installed)
+    assert line is None if said is None else said in line
