@@ -66,9 +66,7 @@ NETWORKS = {
 # of Stable Diffusion's.
 FLOAT32 = (
     *("map_label", "map_augment", "map_layer", "affine", "time_embedding", "time_emb_proj"),
-    *("UNet2DConditionModel))/conv_in", "UNet2DConditionModel))/conv_out"),
-    *("UNet2DConditionModel)/conv_in", "UNet2DConditionModel)/conv_out"),
-    *("UNet2DConditionModel/conv_in", "UNet2DConditionModel/conv_out"),
+    *("conv_in", "conv_out"),
 )
 RESIZING = "bilinear"  # of images
 LOGITS = "BTNH,BSNH->BNTS"  # of attention, as JAX names them
