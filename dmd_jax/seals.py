@@ -15,9 +15,14 @@ from dmd_jax.untrusted import LONGEST_JSON, read_json
 _SEAL = "sha256"
 
 
+def digest(content: dict[str, Any]) -> str:
+    """The SHA-256, in hexadecimal, of a JSON object with sorted keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
     """The same with the key "sha256": that of the rest as JSON with sorted keys."""
-    return {**content, _SEAL: _digest(content)}
+    return {**content, _SEAL: digest(content)}
 
 
 def write_sealed(path: str | os.PathLike, content: dict[str, Any]) -> None:
@@ -35,7 +40,7 @@ def unsealed(content: Any) -> tuple[dict[str, Any], bool]:
         raise ValueError(f"it holds {type(content).__name__}, not a JSON object")
     content = dict(content)
     seal = content.pop(_SEAL, None)
-    if seal is not None and seal != _digest(content):
+    if seal is not None and seal != digest(content):
         raise ValueError("it was changed since it was written: its sha256 is that of other content")
     return content, seal is not None
 
@@ -57,7 +62,3 @@ def read_sealed(
         return unsealed(content)
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}; expected {expected}") from error
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

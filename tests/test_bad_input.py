@@ -8,8 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 from commands import ROOT, TINY, fails, finish, start, succeeds
+from shard_labels import write_changed
 
 from dmd_jax.checkpoints import Checkpoints
+from dmd_jax.data.pairs_metadata import read_metadata
 from dmd_jax.metrics import read_metrics
 from dmd_jax.seals import read_sealed, write_sealed
 from dmd_jax.weights import load_weights, params_sha256
@@ -118,9 +120,12 @@ def test_pairs_of_another_resolution_channels_or_classes(capsys, tiny, tmp_path)
             capsys, "train", *tiny, f"--config.pairs.folder={folder}", "--workdir", tmp_path / "w"
         )
         assert name in line and "expected" in line
-    write_sealed(folder / "metadata.json", original | {"teacher_sha256": "0" * 64})
+    folder = argument(tiny, "pairs.folder")
+    other = write_changed(
+        folder, read_metadata(folder), tmp_path / "other", teacher_sha256="0" * 64
+    )
     line = fails(
-        capsys, "train", *tiny, f"--config.pairs.folder={folder}", "--workdir", tmp_path / "w"
+        capsys, "train", *tiny, f"--config.pairs.folder={other}", "--workdir", tmp_path / "w"
     )
     assert "another teacher" in line
 

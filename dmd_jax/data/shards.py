@@ -1,10 +1,13 @@
 """ArrayRecord shards beside a metadata.json, which pairs and prompts have in common.
 
 A folder holds metadata.json and the shards KIND-00000-of-00040.array_record, …; shard s holds the
-records s * shard_size and following. ArrayRecord keeps and checks a 64-bit hash of every record, so
-a record that was damaged on disk is noticed when it is read. ArrayRecord reads and writes files on
-a disk alone: the shards of a bucket are written on this host and then copied there, and are copied
-to this host, all of them, before they are read.
+records s * shard_size and following, and after them its label: a record that says which shard of
+which metadata.json it is, so that a shard with another's name is noticed when the folder is opened.
+Shards of earlier versions have no label; they are read without that check and with a warning.
+ArrayRecord keeps and checks a 64-bit hash of every record, so a record that was damaged on disk is
+noticed when it is read. ArrayRecord reads and writes files on a disk alone: the shards of a bucket
+are written on this host and then copied there, and are copied to this host, all of them, before
+they are read.
 """
 
 from __future__ import annotations
@@ -12,16 +15,24 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
+import json
 import logging
 import operator
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from dmd_jax.data.shards_metadata import METADATA_FILE, ShardedMetadata, read_metadata
+from dmd_jax.data.shards_metadata import (
+    METADATA_FILE,
+    ShardedMetadata,
+    metadata_sha256,
+    read_metadata,
+)
 from dmd_jax.errors import UserError
 from dmd_jax.files import in_bucket, path_of, replacing
 from dmd_jax.local_copies import local_folder
@@ -31,6 +42,7 @@ from dmd_jax.stand_ins import check_real_file
 log = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 256  # well below the usual limit of 1024 open files
+_LABEL = b"\0dmd_jax shard\n"  # a label's beginning, which no pair of floats and no prompt has
 
 
 def write_shards(
@@ -46,7 +58,8 @@ def write_shards(
 
     A shard is written under a temporary name and renamed when it is whole and on the disk, so a
     run that was stopped anywhere is continued by the same call. A shard under its own name that
-    does not hold its number of records is torn: it is reported through logging and made again.
+    does not hold its number of records is torn: it is reported through logging and made again. One
+    that says of itself that it is another is refused.
 
     Args:
       folder: made if need be; all processes share it.
@@ -56,29 +69,24 @@ def write_shards(
         what was found finished, then after each shard.
 
     Raises UserError if the folder holds others (naming the keys that differ; nothing is
-    overwritten) and if it cannot be written to (finished shards are kept).
+    overwritten) or a shard under another's name, and if it cannot be written to (finished shards
+    are kept).
     """
     folder = path_of(folder)
     _claim_folder(folder, metadata, process_index)
-    shards = range(process_index, metadata.num_shards, process_count)
-    sizes = {shard: len(range(*metadata.shard_range(shard))) for shard in shards}
+    shards = _shards(folder, metadata)[process_index::process_count]
     if in_bucket(folder):
         present = folder.files()  # each was counted before it was copied there
-        missing = [shard for shard in shards if metadata.shard_name(shard) not in present]
+        missing = [shard for shard in shards if shard.name not in present]
     else:
-        missing = [
-            shard
-            for shard in shards
-            if not _is_whole(folder / metadata.shard_name(shard), sizes[shard], metadata.KIND)
-        ]
-    total = sum(sizes.values())
-    done = total - sum(sizes[shard] for shard in missing)
+        missing = [shard for shard in shards if not _is_whole(folder / shard.name, shard)]
+    total = sum(shard.size for shard in shards)
+    done = total - sum(shard.size for shard in missing)
     if progress:
         progress(done, total)
     for shard in missing:
-        contents = records(*metadata.shard_range(shard))
-        _write_shard(folder / metadata.shard_name(shard), contents, sizes[shard], metadata.KIND)
-        done += sizes[shard]
+        _write_shard(folder / shard.name, records(shard.start, shard.stop), shard)
+        done += shard.size
         if progress:
             progress(done, total)
 
@@ -88,8 +96,8 @@ class ShardReader:
 
     Shards are opened when they are first read; those of a bucket are copied to this host at once.
 
-    Raises UserError if shards are missing or truncated, or cannot be copied, and, when a record is
-    read, if it is damaged.
+    Raises UserError if shards are missing, truncated or under another's name, or cannot be copied,
+    and, when a record is read, if it is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike, metadata: ShardedMetadata):
@@ -99,9 +107,9 @@ class ShardReader:
         self._readers, self._lock = collections.OrderedDict(), threading.Lock()
 
     def _check_shards(self) -> None:
-        kind, shards = self._metadata.KIND, range(self._metadata.num_shards)
+        kind, shards = self._metadata.KIND, _shards(self._folder, self._metadata)
         present = {path.name for path in self._folder.iterdir()}
-        names = [self._metadata.shard_name(shard) for shard in shards]
+        names = [shard.name for shard in shards]
         missing = [name for name in names if name not in present]
         if missing:
             named = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
@@ -110,15 +118,23 @@ class ShardReader:
                 f"not finished, run {kind} again"
             )
         self._local = local_folder(self._folder, names)
-        for shard, name in enumerate(names):
-            check_real_file(self._local / name, f"a shard of {kind}", may_be_empty=True)
-            start, stop = self._metadata.shard_range(shard)
-            found = _count_records(self._local / name)
-            if found != stop - start:
+        unlabelled = 0
+        for shard in shards:
+            path = self._folder / shard.name
+            check_real_file(self._local / shard.name, f"a shard of {kind}", may_be_empty=True)
+            found, labelled = _count_records(self._local / shard.name, shard, named=path)
+            unlabelled += not labelled
+            if found != shard.size:
                 raise UserError(
-                    f"{self._folder / name}: truncated or damaged, {found} {kind} are readable, "
-                    f"expected {stop - start}: run {kind} again to make this shard anew"
+                    f"{path}: truncated or damaged, {found} {kind} are readable, "
+                    f"expected {shard.size}: run {kind} again to make this shard anew"
                 )
+        if unlabelled:
+            log.warning(
+                "%s: %d of %d shards do not say which they are, as %s of earlier versions do not; "
+                "a shard under another's name would not be noticed",
+                *(self._folder, unlabelled, len(shards), kind),
+            )
 
     def __len__(self) -> int:
         return self._metadata.count
@@ -168,19 +184,85 @@ def _open_reader(path: Path) -> ArrayRecordReader:
     return ArrayRecordReader(str(path), options, file_reader_buffer_size=32768)
 
 
-def _count_records(path: Path) -> int:
-    # A file without a whole index at its end, such as a truncated one, counts as 0. Closing such
-    # a reader raises, so it is left to be closed when it is dropped.
-    return _open_reader(path).num_records()
+class _Shard(NamedTuple):
+    """Which records a shard holds, of which folder; and that is what its label says."""
+
+    kind: str
+    name: str
+    start: int
+    stop: int
+    metadata_sha256: str
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def label(self) -> bytes:
+        return _LABEL + json.dumps(self._asdict()).encode()
 
 
-def _is_whole(path: Path, size: int, kind: str) -> bool:
+def _shards(folder: Path, metadata: ShardedMetadata) -> list[_Shard]:
+    """All shards of a folder that has its metadata.json."""
+    kind, digest = metadata.KIND, metadata_sha256(folder)
+    return [
+        _Shard(kind, metadata.shard_name(number), *metadata.shard_range(number), digest)
+        for number in range(metadata.num_shards)
+    ]
+
+
+def _count_records(path: Path, shard: _Shard, *, named: Path | None = None) -> tuple[int, bool]:
+    """How many records of a shard can be read, its label left out, and whether it has one.
+
+    A file without a whole index or last record, such as a truncated one, counts as 0.
+
+    Args:
+      named: the path for a message, where the file is a copy.
+
+    Raises:
+      UserError: it has another shard's label.
+    """
+    # Closing the reader of a torn file raises, so it is left to be closed when it is dropped.
+    reader = _open_reader(path)
+    found = reader.num_records()
+    try:
+        (last,) = reader.read([found - 1]) if found else (b"",)
+    except (RuntimeError, IndexError):
+        return 0, False
+    if not last.startswith(_LABEL):
+        return found, False
+    if last != shard.label:
+        raise _mistaken(named or path, last, shard)
+    return found - 1, True
+
+
+def _mistaken(path: Path, label: bytes, expected: _Shard) -> UserError:
+    """The error for a shard that has another's label."""
+    try:
+        found = _Shard(**json.loads(label.removeprefix(_LABEL)))
+    except (ValueError, TypeError):
+        return UserError(f"{path}: its label {label!r:.200} is none, expected {expected.label!r}")
+    if found.metadata_sha256 != expected.metadata_sha256:
+        return UserError(
+            f"{path}: is {found.name!r:.100} of a folder with another {METADATA_FILE}, expected a "
+            f"shard of this folder, and its {METADATA_FILE} as it was written"
+        )
+    return UserError(
+        f"{path}: is {found.name!r:.100}, expected {expected.kind} {expected.start} to "
+        f"{expected.stop - 1}: give it back its name, or delete it and run {expected.kind} again"
+    )
+
+
+def _is_whole(path: Path, shard: _Shard) -> bool:
     if not path.is_file():
         return False
-    found = _count_records(path)
-    if found != size:
-        log.warning("%s is torn: %d of %d %s readable; making it again", path, found, size, kind)
-    return found == size
+    found, _ = _count_records(path, shard)
+    if found != shard.size:
+        log.warning(
+            "%s is torn: %d of %d %s readable; making it again",
+            *(path, found, shard.size, shard.kind),
+        )
+    return found == shard.size
 
 
 def _claim_folder(folder: Path, metadata: ShardedMetadata, process_index: int) -> None:
@@ -212,20 +294,20 @@ def _claim_folder(folder: Path, metadata: ShardedMetadata, process_index: int) -
         raise _not_written(path, error, kind) from error
 
 
-def _write_shard(path: Path, records: Iterable[bytes], size: int, kind: str) -> None:
+def _write_shard(path: Path, records: Iterable[bytes], shard: _Shard) -> None:
     try:
         with _appearing(path, ".tmp") as temporary:
             # Groups of one record are what random access wants; noise does not compress.
             writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
             try:
-                for record in records:
+                for record in itertools.chain(records, [shard.label]):
                     writer.write(record)
             finally:
                 writer.close()  # most write failures surface only here
-            if _count_records(temporary) != size:
-                raise OSError(f"fewer than its {size} {kind} can be read back")
+            if _count_records(temporary, shard) != (shard.size, True):
+                raise OSError(f"fewer than its {shard.size} {shard.kind} can be read back")
     except (OSError, RuntimeError) as error:
-        raise _not_written(path, error, kind) from error
+        raise _not_written(path, error, shard.kind) from error
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import ClassVar, TypeVar
 
 from dmd_jax.errors import UserError
 from dmd_jax.files import path_of
-from dmd_jax.seals import read_sealed
+from dmd_jax.seals import digest, read_sealed
 
 METADATA_FILE = "metadata.json"
 MAX_SHARDS = 100_000  # a shard's name has five digits
@@ -79,3 +79,11 @@ def read_metadata(folder: str | os.PathLike, *kinds: type[Metadata]) -> Metadata
         return kind(**values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def metadata_sha256(folder: str | os.PathLike) -> str:
+    """SHA-256 of what a folder's metadata.json says, whatever its spaces and the order of its keys.
+
+    To be called once it has been read or written.
+    """
+    return digest(read_sealed(path_of(folder) / METADATA_FILE, "metadata of shards")[0])

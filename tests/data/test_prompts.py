@@ -113,7 +113,7 @@ def test_other_prompts_and_pairs_are_not_touched(tmp_path):
         ({"source": None}, "source is None, expected text"),
         ({"prompts_sha256": ...}, r"missing keys \['prompts_sha256'\]"),
         ({"format_version": 2}, "format_version is 2, expected 1"),
-        ({"count": 6}, "00002-of-00003.*1 prompts are readable, expected 2"),
+        ({"count": 6}, "00000-of-00003.* of a folder with another metadata.json"),
     ],
 )
 def test_bad_metadata(tmp_path, change, message):

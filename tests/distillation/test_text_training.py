@@ -1,7 +1,5 @@
 """Stable Diffusion's road with small random weights: configs/sd15_tiny.py, folder to samples."""
 
-import json
-import shutil
 import signal
 import time
 
@@ -12,9 +10,11 @@ import pytest
 from commands import fails, finish, start, succeeds
 from ml_collections import ConfigDict
 from PIL import Image
+from shard_labels import write_changed
 
 from dmd_jax.config import load_config, shipped_config
 from dmd_jax.data.pairs import PairSource
+from dmd_jax.data.pairs_metadata import read_metadata
 from dmd_jax.distillation import setting_of
 from dmd_jax.distillation.text import text_method
 from dmd_jax.experiment import fake_weight_of, teacher_of
@@ -179,9 +179,8 @@ def test_what_does_not_fit_is_refused(road, tmp_path, capsys, override, named):
 def test_pairs_of_another_text_encoder_are_refused(road, tmp_path, capsys):
     arguments, _ = road
     folder = arguments[-1].partition("=")[2]
-    shutil.copytree(folder, tmp_path / "pairs")
-    path = tmp_path / "pairs" / "metadata.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"text_encoder_sha256": "0" * 64}))
+    changes = {"text_encoder_sha256": "0" * 64}
+    write_changed(folder, read_metadata(folder), tmp_path / "pairs", **changes)
     line = fails(
         capsys,
         *("train", *arguments[:-1], f"--config.pairs.folder={tmp_path / 'pairs'}"),
