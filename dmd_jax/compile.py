@@ -25,6 +25,7 @@ from dmd_jax.errors import UserError, first_line
 from dmd_jax.experiment import check_ranges
 from dmd_jax.files import local_path, write_json
 from dmd_jax.provenance import command_line
+from dmd_jax.sharding import AXES
 from dmd_jax.untrusted import read_json
 
 
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,…",
-        help="data, fsdp and tensor, in place of config.mesh; -1 takes the devices left",
+        help="data and fsdp, in place of config.mesh; -1 takes the devices left",
     )
     parser.add_argument(
         "--per-device",
@@ -216,7 +217,7 @@ def _mesh(text: str) -> dict[str, int]:
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in ("data", "fsdp", "tensor") or not size.lstrip("-").isdigit():
-            raise UserError(f"--mesh {text}; expected such as data=1,fsdp=64,tensor=1")
+        if axis not in AXES or not size.lstrip("-").isdigit():
+            raise UserError(f"--mesh {text}; expected such as data=1,fsdp=64")
         sizes[axis] = int(size)
     return sizes

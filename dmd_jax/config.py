@@ -38,8 +38,10 @@ MAY_CHANGE = (
     "keep_checkpoints",
     "mesh.data",
     "mesh.fsdp",
-    "mesh.tensor",
 )
+
+# Keys of configs of earlier versions, and the one value by which they asked for what there is.
+_FORMER = {"mesh.tensor": 1}
 
 # What a stage of a run may set for itself; the state and its optimisers are the same throughout.
 STAGED = (
@@ -139,7 +141,7 @@ def default_config() -> ConfigDict:
     config.stages = ()
 
     # Devices: one size may be -1 and takes what is left.
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1))
     config.log_every = 100
     config.picture_every = 5000
     config.checkpoint_every = 5000
@@ -177,6 +179,7 @@ def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
         raise UserError(f"--config {path}: {_one_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config {path}: get_config() gave {type(config)}; expected a ConfigDict")
+    _drop_former(config, f"--config {path}")
     return apply_overrides(config, overrides)
 
 
@@ -311,7 +314,25 @@ def _read_saved(path: Path, command: str) -> tuple[ConfigDict | None, bool]:
         raise UserError(
             f"{path.parent} is the workdir of `dmd-jax {written_by}`; expected one of {command}"
         )
-    return ConfigDict(_completed(saved, default_config().to_dict())), trusted
+    config = ConfigDict(_completed(saved, default_config().to_dict()))
+    _drop_former(config, path)
+    return config, trusted
+
+
+def _drop_former(config: ConfigDict, where: Any) -> None:
+    """Removes keys of earlier versions; raises a UserError where one asks for something."""
+    for key, value in _FORMER.items():
+        parent, _, name = key.rpartition(".")
+        inner = config.get(parent)
+        if not isinstance(inner, ConfigDict) or name not in inner:
+            continue
+        if inner[name] != value:
+            raise UserError(
+                f"{where}: config.{key} is {inner[name]!r}; expected none, or {value}: nothing is "
+                "split over such an axis"
+            )
+        with inner.unlocked():
+            del inner[name]
 
 
 def _completed(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

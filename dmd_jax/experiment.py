@@ -94,7 +94,7 @@ def fake_weight_of(config: ConfigDict) -> Callable[[NoiseLevel], jax.Array]:
 
 def mesh_of(config: ConfigDict) -> Mesh:
     """All devices of all processes in the config's mesh."""
-    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    return make_mesh(config.mesh.data, config.mesh.fsdp)
 
 
 def teacher_of(config: ConfigDict) -> Weights:

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dmd_jax.errors import UserError
 from dmd_jax.flags import warn_of_fall_back
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp")
 # (regular expression searched in the leaf's path, tactic); the first that matches decides.
 Rules = Sequence[tuple[str, str]]
 DEFAULT_RULES: Rules = ((".*", "fsdp"),)
@@ -26,11 +26,11 @@ _MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 MIN_SHARDED_SIZE = 1024
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
-    """The mesh ("data", "fsdp", "tensor"); one size may be -1 and takes the devices left.
+def make_mesh(data: int = -1, fsdp: int = 1, *, devices=None) -> Mesh:
+    """The mesh ("data", "fsdp"); one size may be -1 and takes the devices left.
 
-    Where the devices are those of several slices (TPU) or hosts (GPU), data runs over these and the
-    other axes stay inside of each, as the network between them is slow.
+    Where the devices are those of several slices (TPU) or hosts (GPU), data runs over these and
+    fsdp stays inside of each, as the network between them is slow.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices, or the slices of TPUs do not
@@ -39,8 +39,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
     devices = jax.devices() if devices is None else devices
     if devices[0].platform == "cpu":
         warn_of_fall_back()
-    sizes = [data, fsdp, tensor]
-    shown = f"mesh data={data}, fsdp={fsdp}, tensor={tensor}"
+    sizes = [data, fsdp]
+    shown = f"mesh data={data}, fsdp={fsdp}"
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"{shown}: expected sizes of at least 1, and at most one of -1")
     if -1 in sizes:
@@ -51,16 +51,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
     if sizes[0] % slices and devices[0].platform == "tpu":
         raise UserError(
             f"{shown}: data={sizes[0]} over {slices} slices; expected a multiple of {slices}, as "
-            "fsdp and tensor stay inside a slice"
+            "fsdp stays inside a slice"
         )
-    return Mesh(_arranged(sizes, slices, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_arranged(sizes, slices, devices), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def _arranged(sizes: list[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
     """The devices as an array of these sizes, neighbours of an axis near each other."""
     if sizes[0] % slices:
         return np.asarray(devices).reshape(sizes)  # fsdp from host to host, as was asked for
-    inside = (sizes[0] // slices, *sizes[1:])
+    inside = (sizes[0] // slices, sizes[1])
     for split in (False, True):  # an axis over parts of two of the torus's is the second choice
         try:
             if slices == 1:
@@ -68,11 +68,11 @@ def _arranged(sizes: list[int], slices: int, devices: Sequence[Any]) -> np.ndarr
                     inside, devices, allow_split_physical_axes=split
                 )
             return mesh_utils.create_hybrid_device_mesh(
-                inside, (slices, 1, 1), devices, allow_split_physical_axes=split
+                inside, (slices, 1), devices, allow_split_physical_axes=split
             )
         except NotImplementedError as error:
             problem = error
-    raise UserError(f"a mesh of data, fsdp, tensor = {sizes} cannot be laid out: {problem}")
+    raise UserError(f"a mesh of data, fsdp = {sizes} cannot be laid out: {problem}")
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def _fsdp_spec(shape: tuple[int, ...], size: int) -> PartitionSpec:
 
 
 def check_batch_size(
-    batch_size: int, mesh: Mesh, *, accumulation: int = 1, name: str, axes: Sequence[str] = AXES[:2]
+    batch_size: int, mesh: Mesh, *, accumulation: int = 1, name: str, axes: Sequence[str] = AXES
 ) -> None:
     """Raises a UserError unless each part of the mesh gets a whole part of each micro-batch.
 

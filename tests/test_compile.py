@@ -24,7 +24,7 @@ def test_a_small_step_for_sixteen_tpus_fits_takes_over_its_state_and_gathers_its
     output, found = compiled(
         tmp_path, *BATCHES, "--topology", "v5e:4x4", "--mesh", "data=1,fsdp=16"
     )
-    assert "fits" in output and "v5e:4x4: 16, mesh data=1, fsdp=16, tensor=1" in output
+    assert "fits" in output and "v5e:4x4: 16, mesh data=1, fsdp=16" in output
     memory = found["memory"]
     assert found["fits"] and 0 < memory["share"] < 0.01
     # Every leaf of the state lies where it was; the metrics alone are new.
@@ -77,7 +77,7 @@ def test_slices_that_are_no_topology_are_refused(capsys):
 
 def test_virtual_devices(tmp_path):
     output, found = compiled(tmp_path, "--devices", 4, "--mesh", "fsdp=2")
-    assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and found["images"] == 16
+    assert found["mesh"] == {"data": 2, "fsdp": 2} and found["images"] == 16
     assert found["memory"]["aliased"] > 0.99 * found["memory"]["outputs"]
     assert "utilisation" not in output
     command = ("compile", "--join", tmp_path / "figures.json", tmp_path / "figures.json")
@@ -109,8 +109,8 @@ def test_bad_arguments(capsys, arguments, line):
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        (["--mesh", "data=3"], "mesh data=3, fsdp=1, tensor=1 does not multiply to the 4 devices"),
-        (["--mesh", "rows=3"], "--mesh rows=3; expected such as data=1,fsdp=64,tensor=1"),
+        (["--mesh", "data=3"], "mesh data=3, fsdp=1 does not multiply to the 4 devices"),
+        (["--mesh", "rows=3"], "--mesh rows=3; expected such as data=1,fsdp=64"),
         (["--config.batch_size=18"], "config.batch_size=18 does not divide over 4 devices"),
     ],
 )

@@ -36,11 +36,11 @@ def test_the_first_rule_that_matches_decides():
 
 
 def test_mesh_takes_the_devices_left():
-    assert dict(sharding.make_mesh(-1, 4).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
-    assert dict(sharding.make_mesh(1, -1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(sharding.make_mesh(-1, 4).shape) == {"data": 2, "fsdp": 4}
+    assert dict(sharding.make_mesh(1, -1).shape) == {"data": 1, "fsdp": 8}
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (-1, 16, 1)])
+@pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (-1, -1), (0, 8), (-1, 16)])
 def test_mesh_that_does_not_fit_the_devices_is_refused(sizes):
     with pytest.raises(UserError, match="mesh data="):
         sharding.make_mesh(*sizes)
