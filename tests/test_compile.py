@@ -84,7 +84,7 @@ def test_virtual_devices(tmp_path):
     header, _, *rows = finish(start(*command), 0).splitlines()
     assert header.startswith("| program | slice | devices | mesh | images |")
     assert len(rows) == 2
-    assert rows[0].startswith("| tiny | 4 virtual CPU devices | 4 | 2x2x1 | 16 |")
+    assert rows[0].startswith("| tiny | 4 virtual CPU devices | 4 | 2x2 | 16 |")
     assert rows[0].endswith(" | – | – |")  # the time of a step, which needs the TPU compiler
 
 
