@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -231,6 +233,36 @@ def bytes_a_device(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def to_host(leaf: jax.Array) -> np.ndarray:
+    """A copy of a whole leaf on the host, put together from its devices' parts.
+
+    Every process calls it for the same leaves in the same order and gets the whole. Where a process
+    does not hold all parts, the leaf is whole on each device meanwhile; nothing of it stays there.
+    """
+    parts: dict[int, set] = {}
+    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+        parts.setdefault(device.process_index, set()).add(_bounds(index))
+    if any(own != set.union(*parts.values()) for own in parts.values()):
+        leaf = _whole(leaf, replicated(leaf.sharding.mesh))
+    whole, done = np.empty(leaf.shape, leaf.dtype), set()
+    for shard in leaf.addressable_shards:
+        if (bounds := _bounds(shard.index)) not in done:
+            # An array keeps what NumPy makes of it on the host, and the copy goes with it.
+            whole[shard.index] = np.asarray(jnp.copy(shard.data))
+            done.add(bounds)
+    return whole
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _whole(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf, sharding)
+
+
+def _bounds(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
+    """An index of slices as something that sets can hold."""
+    return tuple((part.start, part.stop) for part in index)
 
 
 def place(tree: Any, shardings: Any) -> Any:

@@ -28,7 +28,7 @@ from dmd_jax.pictures import grid, to_uint8, viewing_scale
 from dmd_jax.profiling import add_profile_argument, profiled_steps
 from dmd_jax.sharding import check_batch_size, on_rows, own_rows, replicated
 from dmd_jax.teacher_step import make_teacher_step, teacher_state
-from dmd_jax.weights import CLASSES_FILE, Weights, save_class_names, save_weights
+from dmd_jax.weights import CLASSES_FILE, Weights, save_class_names, save_from_devices
 from dmd_jax.workdir_lock import locked
 
 PREVIEW_COUNT = 40
@@ -123,14 +123,11 @@ def run(args: argparse.Namespace) -> None:
             profile=profile,
             draw_pictures=_preview(config, denoiser, shardings.ema, mesh),
         )
-        params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(final.ema)
-        if jax.process_index() == 0:
-            network = config.network.to_dict()
-            description = f"EDM teacher of {config.images}, EMA after {int(final.step)} steps"
-            weights = Weights(
-                network, jax.device_get(params), description, class_names=images.class_names
-            )
-            save_weights(args.workdir / "weights", weights)
+        description = f"EDM teacher of {config.images}, EMA after {int(final.step)} steps"
+        weights = Weights(
+            config.network.to_dict(), final.ema, description, class_names=images.class_names
+        )
+        save_from_devices(args.workdir / "weights", weights)
 
 
 def _announce(names: ClassNames, workdir: Path) -> None:

@@ -29,10 +29,9 @@ from dmd_jax.sharding import (
     infer_shardings,
     on_rows,
     place,
-    replicated,
 )
 from dmd_jax.train_step import EVERY_STEP
-from dmd_jax.weights import Weights, save_class_names, save_weights
+from dmd_jax.weights import Weights, save_class_names, save_from_devices
 from dmd_jax.workdir_lock import locked
 
 
@@ -93,16 +92,9 @@ def run(args: argparse.Namespace) -> None:
             draw_pictures=preview(config, setting, teacher_params, perceptual_params, mesh),
         )
         trained = final.generator.params if final.ema is None else final.ema
-        params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(trained)
-        if jax.process_index() == 0:
-            description = f"one-step generator, distilled for {int(final.step)} steps"
-            weights = Weights(
-                teacher.network,
-                jax.device_get(params),
-                description,
-                class_names=teacher.class_names,
-            )
-            save_weights(args.workdir / "weights", weights)
+        description = f"one-step generator, distilled for {int(final.step)} steps"
+        weights = Weights(teacher.network, trained, description, class_names=teacher.class_names)
+        save_from_devices(args.workdir / "weights", weights)
 
 
 def _ahead(setting: Setting, program: Program, stage: ConfigDict, mesh: Mesh):

@@ -23,6 +23,7 @@ from dmd_jax.local_copies import local_copy
 from dmd_jax.models import Denoiser, abstract_params, build_denoiser, complete
 from dmd_jax.safetensors_stream import write_safetensors
 from dmd_jax.seals import read_sealed, write_sealed
+from dmd_jax.sharding import to_host
 from dmd_jax.stand_ins import check_real_file
 
 _LONGEST_CONFIG = 8 << 20  # bytes; the names of many classes take some
@@ -90,6 +91,23 @@ def save_leaves(folder: Path, weights: Weights, leaf_of: Callable[[str], np.ndar
         write_sealed(folder / "config.json", config)
     except OSError as error:
         raise UserError(f"weights could not be written to {folder}: {error}") from error
+
+
+def save_from_devices(folder: Path, weights: Weights) -> None:
+    """As save_weights, of parameters on the devices of all processes; the first process writes.
+
+    Every process calls it. No more than one leaf at a time is put together, on the hosts.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    flat = flax.traverse_util.flatten_dict(weights.params, sep="/")
+    if jax.process_index() == 0:
+        leaf_of = lambda name: to_host(flat[name])  # noqa: E731
+        save_leaves(folder, weights._replace(params=flat), leaf_of)
+    else:
+        for name in sorted(flat):  # the order in which the first process asks
+            to_host(flat[name])
 
 
 def save_class_names(workdir: Path, names: tuple[str | None, ...] | None) -> None:

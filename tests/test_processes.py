@@ -124,7 +124,8 @@ def test_four_processes_then_two_then_one_are_the_run_of_one(several_small, tmp_
 
 
 def test_two_processes_train_and_give_the_numbers_of_one(several, tiny, trained, tmp_path):
-    argv = ("train", *tiny, "--config.mesh.fsdp=2", "--workdir", tmp_path / "two")
+    # Each has half of each large array, also of those that are written at the end.
+    argv = ("train", *tiny, "--config.mesh.fsdp=4", "--workdir", tmp_path / "two")
     for process in several(2, *argv, devices=2):
         finish(process)
     two, one = (load_weights(path / "weights").params for path in (tmp_path / "two", trained))

@@ -7,11 +7,13 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from dmd_jax.errors import UserError
 from dmd_jax.models import abstract_params, build_denoiser
 from dmd_jax.seals import read_sealed, write_sealed
+from dmd_jax.sharding import AXES, infer_shardings, make_mesh, place, to_host
 from dmd_jax.weights import (
     Weights,
     denoiser_of,
@@ -19,6 +21,7 @@ from dmd_jax.weights import (
     packaged,
     params_sha256,
     save_class_names,
+    save_from_devices,
     save_leaves,
     save_weights,
 )
@@ -178,3 +181,54 @@ def test_halves_are_read_as_they_are(tmp_path, folder, dtype):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(halves), strict=True):
         assert a.dtype == dtype
         np.testing.assert_array_equal(a, b)
+
+
+def bytes_on_devices():
+    """What JAX's arrays take of each device; several may be of one buffer."""
+    buffers = {}
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            buffers[shard.device, shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    found = dict.fromkeys(jax.devices(), 0)
+    for (device, _), nbytes in buffers.items():
+        found[device] += nbytes
+    return found
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (8, 1)], ids=str)
+def test_sharded_parameters_are_written_leaf_by_leaf(tmp_path, monkeypatch, mesh):
+    """The files of whole host arrays, and no device holds more than its shards and one leaf."""
+    network = {"name": "mlp", "dim": 2, "width": 256, "depth": 6}
+    params = jax.device_get(build_denoiser(network).init(jax.random.key(0)))
+    weights = Weights(network, params, "a test's")
+    save_weights(tmp_path / "host", weights)
+    shardings = infer_shardings(params, make_mesh(*mesh))
+    placed = place(params, shardings)
+    before, grown, asked = bytes_on_devices(), [], []
+
+    def watched(leaf):
+        whole = to_host(leaf)
+        during = bytes_on_devices()
+        grown.append(max(during[device] - before[device] for device in before))
+        asked.append(whole.nbytes)
+        return whole
+
+    monkeypatch.setattr("dmd_jax.weights.to_host", watched)
+    save_from_devices(tmp_path / "devices", weights._replace(params=placed))
+    for name in ("model.safetensors", "config.json"):
+        expected = (tmp_path / "host" / name).read_bytes()
+        assert (tmp_path / "devices" / name).read_bytes() == expected
+    leaves = jax.tree.leaves(params)
+    assert sorted(asked) == sorted(leaf.nbytes for leaf in leaves) and len(leaves) > 10
+    assert max(grown) < max(asked) < sum(asked) / 4
+
+
+def test_a_leaf_on_the_host_is_whole_whatever_its_sharding():
+    mesh = make_mesh(2, 4)
+    for shape, spec in (((), ()), ((8,), ("data",)), ((4, 8), (None, "fsdp")), ((8, 3), (AXES,))):
+        array = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+        for dtype in ("float32", "bfloat16", "int32"):
+            leaf = jax.device_put(array.astype(dtype), NamedSharding(mesh, PartitionSpec(*spec)))
+            found = to_host(leaf)
+            assert found.dtype == leaf.dtype
+            np.testing.assert_array_equal(found, array.astype(dtype))
