@@ -65,8 +65,8 @@ def draw(
     """
     level_key, noise_key = jax.random.split(key)
     stop = schedule.num_levels if max_index is None else max_index + 1
-    index = jax.random.randint(level_key, shape[:1], min_index, stop)
-    return Draws(schedule.level(index), jax.random.normal(noise_key, shape))
+    index = jax.random.randint(level_key, shape[:1], min_index, stop, jnp.int32)
+    return Draws(schedule.level(index), jax.random.normal(noise_key, shape, jnp.float32))
 
 
 def draw_lognormal(
@@ -74,8 +74,9 @@ def draw_lognormal(
 ) -> Draws:
     """EDM's training levels, ln(sigma) ~ N(mean, std^2) (2206.00364, table 1), and N(0, I)."""
     level_key, noise_key = jax.random.split(key)
-    log_sigma = mean + std * jax.random.normal(level_key, shape[:1])
-    return Draws(edm_level(jnp.exp(log_sigma)), jax.random.normal(noise_key, shape))
+    log_sigma = mean + std * jax.random.normal(level_key, shape[:1], jnp.float32)
+    noise = jax.random.normal(noise_key, shape, jnp.float32)
+    return Draws(edm_level(jnp.exp(log_sigma)), noise)
 
 
 def join_pairs(fresh: jax.Array, pairs: jax.Array) -> jax.Array:

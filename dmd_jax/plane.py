@@ -104,7 +104,11 @@ def make_plane(config: ConfigDict) -> Plane:
         )
 
     teacher_params = mixture.init(jax.random.key(0))
-    z_ref = jax.random.normal(jax.random.key(config.pairs.seed), (config.pairs.count, 2))
+    z_ref = jax.random.normal(
+        jax.random.key(config.pairs.seed, impl="threefry2x32"),
+        (config.pairs.count, 2),
+        jnp.float32,
+    )
     # Heun's default levels begin at sigma = 80, where the mixture is noise and nothing else, so
     # the pairs are of the whole mixture whatever levels the scores are compared at.
     y_ref = samplers.heun(
@@ -121,7 +125,7 @@ def make_plane(config: ConfigDict) -> Plane:
         optimizers=optimizers,
         schedule=NoiseSchedule.edm(sigma_min=toy.sigma_min, sigma_max=toy.sigma_max),
         pairs={"z_ref": z_ref, "y_ref": y_ref, "label": jnp.zeros(len(z_ref), jnp.int32)},
-        latents=jax.random.normal(preview_key, (toy.num_samples, 2)),
+        latents=jax.random.normal(preview_key, (toy.num_samples, 2), jnp.float32),
         real=real,
         means=means,
         std=toy.mode_std,

@@ -90,7 +90,7 @@ def preview(
             min_index=config.min_index,
             max_index=config.max_index,
         )
-        batch = batch | {"z": jax.random.normal(latents_key, shape)}
+        batch = batch | {"z": jax.random.normal(latents_key, shape, jnp.float32)}
         params = generator_params, fake_score_params, teacher_params, perceptual_params
         return jax.lax.map(lambda example: of_one(*params, example), (batch, draws))
 

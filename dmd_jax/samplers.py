@@ -145,7 +145,8 @@ def _integrate(denoise, params, z, cond, sigma_max, steps: _Steps, s_churn, key)
     def evaluate(carry, step):
         x, start, slope = carry
         if s_churn > 0:
-            x = x + step.noise * jax.random.normal(jax.random.fold_in(key, step.index), x.shape)
+            step_key = jax.random.fold_in(key, step.index)
+            x = x + step.noise * jax.random.normal(step_key, x.shape, jnp.float32)
         level = edm_level(jnp.full(x.shape[:1], step.sigma))
         here = (x - denoise(params, x, level, cond)) / step.sigma  # dx/dsigma
         start = jnp.where(step.corrects, start, x)

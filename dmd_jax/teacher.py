@@ -147,7 +147,7 @@ def _preview(config, denoiser, shardings, mesh):
     @functools.partial(jax.jit, in_shardings=(shardings,), out_shardings=replicated(mesh))
     def sample(params):
         key = state.role_key(state.key_data(config.seed), 0, state.Role.PREVIEW)
-        z = jax.random.normal(key, (PREVIEW_COUNT, *denoiser.sample_shape))
+        z = jax.random.normal(key, (PREVIEW_COUNT, *denoiser.sample_shape), jnp.float32)
         classes = denoiser.num_classes
         cond = jnp.arange(PREVIEW_COUNT) % classes if classes else None
         return samplers.heun(denoiser.denoise, params, z, cond, num_steps=config.pairs.num_steps)

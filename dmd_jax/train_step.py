@@ -79,12 +79,13 @@ def make_train_step(
     def latents(state: TrainState, teacher_params: Params, batch: Batch) -> dict[str, Any]:
         """What the generator sees: fresh latents, the pairs', and their conditions."""
         count = batch_size - (len(batch["z_ref"]) if match_reference else 0)
-        z = jax.random.normal(role_key(state.key, state.step, Role.LATENTS), (count, *sample_shape))
+        key = role_key(state.key, state.step, Role.LATENTS)
+        z = jax.random.normal(key, (count, *sample_shape), jnp.float32)
         if condition is not None:
             cond, cond_ref = condition(teacher_params, batch)
         elif num_classes:
             key = role_key(state.key, state.step, Role.LABELS)
-            cond = jax.random.randint(key, (count,), 0, num_classes)
+            cond = jax.random.randint(key, (count,), 0, num_classes, jnp.int32)
             cond_ref = batch["label"]
         else:
             cond, cond_ref = None, None

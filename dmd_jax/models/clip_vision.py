@@ -113,7 +113,9 @@ class _Embeddings(nn.Module):
         )(images)
         patches = patches.reshape(len(images), -1, self.features)
         init = nn.initializers.normal(self.features**-0.5)
-        token = self.param("class_embedding", init, (self.features,)).astype(self.dtype)
+        token = self.param("class_embedding", init, (self.features,), jnp.float32).astype(
+            self.dtype
+        )
         token = jnp.broadcast_to(token, (len(images), 1, self.features))
         x = jnp.concatenate([token, patches], axis=1)
         positions = nn.Embed(x.shape[1], self.features, dtype=self.dtype, name="position_embedding")

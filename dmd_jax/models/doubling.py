@@ -24,7 +24,7 @@ class DoublingConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, H, W, C] -> [B, 2H, 2W, features], or both folded."""
         shape = (3, 3, x.shape[-1] // (1 + self.folded), self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         x = x.astype(self.dtype)
         # A TPU takes half the time for it as one convolution, by its compiler; a CPU ten times
         # longer for the gradient.
@@ -34,7 +34,7 @@ class DoublingConv(nn.Module):
             y = one_by_one(x, kernel)
         if not self.use_bias:
             return y
-        return add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,)))
+        return add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32))
 
 
 def one_by_one(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -86,6 +86,6 @@ class FoldableConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, H, W, C] -> [B, H, W, features], or both folded."""
         shape = (3, 3, x.shape[-1] // (1 + self.folded), self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return add_bias(convolve(x.astype(self.dtype), kernel, folded=self.folded), bias)

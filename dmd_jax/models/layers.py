@@ -53,7 +53,9 @@ class FourierEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, c_noise: jax.Array) -> jax.Array:
-        freqs = self.param("freqs", nn.initializers.normal(self.scale), (self.features // 2,))
+        freqs = self.param(
+            "freqs", nn.initializers.normal(self.scale), (self.features // 2,), jnp.float32
+        )
         angles = jnp.outer(c_noise, 2 * math.pi * lax.stop_gradient(freqs))
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
@@ -163,8 +165,8 @@ class GroupNorm(nn.Module):
                 "channels that do: without norm_num_groups a multiple of 4 up to 128, of 32 above "
                 "(see model_channels and channel_mult)"
             )
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
 
         # Over the pixels first, then within groups: channels stay the innermost axis, which
         # makes a training step on CPU about an eighth faster than Linen's GroupNorm.

@@ -49,8 +49,10 @@ class PixelConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, L, C] -> [B, L, features]."""
-        kernel = self.param("kernel", XAVIER.hidden, (1, 1, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param(
+            "kernel", XAVIER.hidden, (1, 1, x.shape[-1], self.features), jnp.float32
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         return x @ kernel[0, 0] + bias
 
@@ -124,8 +126,8 @@ class TwoDense(nn.Module):
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         """x [..., C] -> two of [..., features]."""
         shape = (x.shape[-1], 2 * self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, shape[1:])
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2))
         return [x @ half_kernel + half_bias for half_kernel, half_bias in halves]

@@ -202,8 +202,8 @@ class FromHeads(nn.Module):
         """x [B, L, H, K] -> [B, L, features]."""
         heads, channels = x.shape[2:]
         init = nn.initializers.lecun_normal()
-        kernel = self.param("kernel", init, (heads * channels, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", init, (heads * channels, self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         kernel = kernel.reshape(heads, channels, self.features)
         return jnp.einsum("blhk,hkf->blf", x, kernel) + bias
