@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 
 from dmd_jax.errors import UserError, first_line
+from dmd_jax.flags import compiler_flags
 from dmd_jax.peers import Peers, shown
 
 T = TypeVar("T")
@@ -26,7 +27,12 @@ def compare(peers: Peers, prepare: Callable[[], tuple[T, Mapping[str, Any]]], ti
     result, facts, refusal = None, {}, None
     try:
         result, facts = prepare()
-        facts = {"code": code_sha256()[:16], "jax": jax.__version__, **facts}
+        facts = {
+            "code": code_sha256()[:16],
+            "jax": jax.__version__,
+            **compiler_flags(),
+            **facts,
+        }
     except UserError as error:
         refusal = str(error)
 
@@ -62,8 +68,8 @@ def difference(facts: Sequence[Mapping[str, Any]], name: Callable[[int], str]) -
     if not lines:
         return None
     return (
-        f"the processes are not of one run: {shown(lines)}; expected the same command, config and "
-        "code in each"
+        f"the processes are not of one run: {shown(lines)}; expected the same command, config, "
+        "code and flags in each"
     )
 
 

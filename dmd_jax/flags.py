@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import sys
 from collections.abc import Collection
 
@@ -86,3 +87,18 @@ def check_flags() -> None:
                 f"{name.upper()} is {value!r}, by which the same seed gives other numbers; "
                 f"expected {expected!r}: take it out of the environment"
             )
+
+
+def compiler_flags() -> dict[str, list[str]]:
+    """The environment's flags of XLA, by which programs round otherwise; in no particular order.
+
+    The number of virtual CPU devices is none of them: processes may have different numbers.
+    """
+    return {
+        name: sorted(
+            flag
+            for flag in os.environ.get(name, "").split()
+            if not flag.startswith("--xla_force_host_platform_device_count=")
+        )
+        for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+    }

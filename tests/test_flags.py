@@ -4,7 +4,7 @@ import jax
 import pytest
 from commands import fails, finish, start
 
-from dmd_jax.flags import EXPECTED, fall_back
+from dmd_jax.flags import EXPECTED, compiler_flags, fall_back
 from dmd_jax.weights import packaged
 
 # A value of each that is not the expected one.
@@ -32,6 +32,16 @@ def test_a_flag_of_the_environment_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
     said = finish(start("sample", "--weights", tmp_path, "--out", tmp_path / "a.npy"), code=2)
     assert "JAX_ENABLE_X64 is True" in said and "Traceback" not in said
+
+
+def test_the_compilers_flags_are_those_of_the_environment_but_for_virtual_devices(monkeypatch):
+    count = "--xla_force_host_platform_device_count"
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_b=2  {count}=8 --xla_a=1")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    found = compiler_flags()
+    assert found == {"XLA_FLAGS": ["--xla_a=1", "--xla_b=2"], "LIBTPU_INIT_ARGS": []}
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {count}=2 --xla_b=2")
+    assert compiler_flags() == found
 
 
 @pytest.mark.parametrize("platforms", ["cuda", "nonsense"])

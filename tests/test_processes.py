@@ -150,7 +150,7 @@ def test_processes_of_different_configs_write_nothing(tmp_path):
         assert (
             f"dmd-jax: error: the processes are not of one run: in process 1 ({HOST}) "
             f"config.teacher.batch_size is 4 and 8 in process 0 ({HOST}); expected the same "
-            "command, config and code in each"
+            "command, config, code and flags in each"
         ) in output
         assert output.count("error:") == 1
     assert not workdir.exists()
