@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.flags import compiler_flags
+from dmd_jax.flags import rounding_flags
 from dmd_jax.peers import Peers, shown
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def compare(peers: Peers, prepare: Callable[[], tuple[T, Mapping[str, Any]]], ti
         facts = {
             "code": code_sha256()[:16],
             "jax": jax.__version__,
-            **compiler_flags(),
+            **rounding_flags(),
             **facts,
         }
     except UserError as error:

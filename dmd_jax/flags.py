@@ -20,6 +20,21 @@ EXPECTED = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_random_seed_offset": 0,
 }
+# Where one of them differs, programs may round otherwise; some make them faster.
+ROUNDING = (
+    "jax_allow_f16_reductions",
+    "jax_compiler_enable_remat_pass",
+    "jax_default_matmul_precision",
+    "jax_disable_jit",
+    "jax_disable_most_optimizations",
+    "jax_exec_time_optimization_effort",
+    "jax_memory_fitting_effort",
+    "jax_memory_fitting_level",
+    "jax_optimization_level",
+    "jax_softmax_custom_jvp",
+    "jax_use_direct_linearize",
+    "jax_use_shardy_partitioner",
+)
 
 
 # Packages by which JAX drives accelerators.
@@ -89,16 +104,19 @@ def check_flags() -> None:
             )
 
 
-def compiler_flags() -> dict[str, list[str]]:
-    """The environment's flags of XLA, by which programs round otherwise; in no particular order.
+def rounding_flags() -> dict[str, str]:
+    """What JAX and XLA are told by which programs may round otherwise, by its name.
 
-    The number of virtual CPU devices is none of them: processes may have different numbers.
+    The number of virtual CPU devices is not among it: processes may have different numbers.
     """
-    return {
-        name: sorted(
-            flag
-            for flag in os.environ.get(name, "").split()
-            if not flag.startswith("--xla_force_host_platform_device_count=")
+    environment = {
+        name: " ".join(
+            sorted(
+                flag
+                for flag in os.environ.get(name, "").split()
+                if not flag.startswith("--xla_force_host_platform_device_count=")
+            )
         )
         for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
     }
+    return environment | {name: str(getattr(jax.config, name, None)) for name in ROUNDING}

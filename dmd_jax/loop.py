@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from dmd_jax.checkpoints import Checkpoints
 from dmd_jax.config import check_same_run, default_config, lasting, save_config
 from dmd_jax.errors import Stopped, UserError
+from dmd_jax.flags import rounding_flags
 from dmd_jax.metrics import MetricsWriter, Progress
 from dmd_jax.profiling import Profile
 from dmd_jax.sharding import to_mesh
@@ -69,7 +70,7 @@ def run(
     first = jax.process_index() == 0
     total_steps = stages[-1].until
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-    restored = checkpoints.restore(abstract)
+    restored, flags = checkpoints.restore(abstract), rounding_flags()
     if restored is None:
         step, state, position = 0, initialize(), {}
     else:
@@ -82,6 +83,7 @@ def run(
             )
         if first:
             print(f"{name}: going on from step {step} in {workdir}", file=sys.stderr)
+            _tell_other_flags(name, step, position.get("flags", {}), flags)
     if first:
         # Not before the checkpoint agrees: a refused config must not replace the run's own.
         save_config(config, workdir, command=name)
@@ -106,6 +108,7 @@ def run(
             "batches": batches.get_state(),
             "identity": identity,
             "config": lasting(config),
+            "flags": flags,
             "pending": pending,
             "metrics": writer.digest,
         }
@@ -161,6 +164,21 @@ def run(
 def _stage_at(step: int, stages: Sequence[Stage]) -> int:
     """The number of the stage that the step after `step` belongs to; at the end, the last."""
     return next((i for i, stage in enumerate(stages) if step < stage.until), len(stages) - 1)
+
+
+def _tell_other_flags(name: str, step: int, before: dict[str, str], now: dict[str, str]) -> None:
+    """Says on stderr which flags differ from the checkpoint's; earlier versions' have none."""
+    differing = [
+        f"{flag} is {now[flag]!r}, {value!r} at step {step}"
+        for flag, value in before.items()
+        if flag in now and now[flag] != value
+    ]
+    if differing:
+        print(
+            f"{name}: {'; '.join(differing)}: numbers may round otherwise than those of a run that "
+            "was never stopped",
+            file=sys.stderr,
+        )
 
 
 def _progress(name: str, stages, number: int, step: int, *, enabled: bool) -> Progress:

@@ -1,10 +1,12 @@
 """Flags of JAX that change numbers end a command by their name."""
 
+import shutil
+
 import jax
 import pytest
-from commands import fails, finish, start
+from commands import fails, finish, start, succeeds
 
-from dmd_jax.flags import EXPECTED, compiler_flags, fall_back
+from dmd_jax.flags import EXPECTED, fall_back, rounding_flags
 from dmd_jax.weights import packaged
 
 # A value of each that is not the expected one.
@@ -34,14 +36,29 @@ def test_a_flag_of_the_environment_is_named(monkeypatch, tmp_path):
     assert "JAX_ENABLE_X64 is True" in said and "Traceback" not in said
 
 
-def test_the_compilers_flags_are_those_of_the_environment_but_for_virtual_devices(monkeypatch):
+def test_flags_that_round_are_those_of_the_environment_and_of_jax(monkeypatch):
     count = "--xla_force_host_platform_device_count"
     monkeypatch.setenv("XLA_FLAGS", f"--xla_b=2  {count}=8 --xla_a=1")
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
-    found = compiler_flags()
-    assert found == {"XLA_FLAGS": ["--xla_a=1", "--xla_b=2"], "LIBTPU_INIT_ARGS": []}
+    found = rounding_flags()
+    assert found["XLA_FLAGS"] == "--xla_a=1 --xla_b=2" and found["LIBTPU_INIT_ARGS"] == ""
     monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {count}=2 --xla_b=2")
-    assert compiler_flags() == found
+    assert rounding_flags() == found
+    with jax.default_matmul_precision("bfloat16"):
+        assert rounding_flags() == found | {"jax_default_matmul_precision": "bfloat16"}
+
+
+def test_a_run_that_goes_on_with_other_flags_says_so(trained, tmp_path, monkeypatch, capsys):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    succeeds("train", "--workdir", workdir)
+    assert "may round otherwise" not in capsys.readouterr().err
+    before = rounding_flags()["XLA_FLAGS"]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")  # which JAX has read long ago
+    succeeds("train", "--workdir", workdir)
+    assert (
+        f"train: XLA_FLAGS is '--xla_other=1', {before!r} at step 12: numbers may round otherwise "
+        "than those of a run that was never stopped" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("platforms", ["cuda", "nonsense"])

@@ -217,11 +217,11 @@ def test_processes_of_other_code_or_config_are_named(monkeypatch):
     assert len(set(texts)) == 1
     assert texts[0].startswith("the processes are not of one run: in process ")
     assert "code is 'b' and 'a'" in texts[0] or "code is 'a' and 'b'" in texts[0]
-    flags = iter(({"XLA_FLAGS": ["--a=1"]}, {"XLA_FLAGS": []}, {"XLA_FLAGS": ["--a=1"]}))
+    flags = iter(({"XLA_FLAGS": "--a=1"}, {"XLA_FLAGS": ""}, {"XLA_FLAGS": "--a=1"}))
     monkeypatch.setattr(agreement, "code_sha256", lambda: "a")
-    monkeypatch.setattr(agreement, "compiler_flags", lambda: next(flags))
+    monkeypatch.setattr(agreement, "rounding_flags", lambda: next(flags))
     texts = each(3, lambda index: compare(company.all[index], lambda: prepare(index), 10))
-    assert len(set(texts)) == 1 and "XLA_FLAGS is " in texts[0] and "['--a=1']" in texts[0]
+    assert len(set(texts)) == 1 and "XLA_FLAGS is " in texts[0] and "'--a=1'" in texts[0]
     facts = [{"jax": "1", "config.a": 1}, {"jax": "2"}, {"jax": "1", "config.a": 1}]
     assert difference(facts, "p{}".format) == (
         "the processes are not of one run: in p1 config.a is None and 1 in p0, jax is '2' and '1' "
