@@ -12,12 +12,14 @@ import jax
 
 from dmd_jax.errors import UserError, first_line
 
-# Where one of them differs, the same seed gives other noise, or sums have another type.
+# Where one of them differs, the same seed gives other noise, sums have another type, or networks
+# and losses are refused by JAX.
 EXPECTED = {
     "jax_enable_x64": False,
     "jax_threefry_partitionable": True,
     "jax_default_prng_impl": "threefry2x32",
     "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
     "jax_random_seed_offset": 0,
 }
 # Where one of them differs, programs may round otherwise; some make them faster.
@@ -94,12 +96,12 @@ def warn_of_fall_back() -> None:
 
 
 def check_flags() -> None:
-    """Raises a UserError that names the first flag of JAX by which a seed gives other numbers."""
+    """Raises a UserError that names the first flag by which a seed gives other numbers, or none."""
     for name, expected in EXPECTED.items():
         value = getattr(jax.config, name)
         if value != expected:
             raise UserError(
-                f"{name.upper()} is {value!r}, by which the same seed gives other numbers; "
+                f"{name.upper()} is {value!r}, by which the same seed gives other numbers or none; "
                 f"expected {expected!r}: take it out of the environment"
             )
 

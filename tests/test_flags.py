@@ -15,6 +15,7 @@ OTHER = {
     "jax_threefry_partitionable": False,
     "jax_default_prng_impl": "rbg",
     "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
     "jax_random_seed_offset": 3,
 }
 
