@@ -36,7 +36,7 @@ from dmd_jax.data.shards_metadata import (
 from dmd_jax.errors import UserError
 from dmd_jax.files import in_bucket, path_of, replacing
 from dmd_jax.local_copies import local_folder
-from dmd_jax.seals import write_sealed
+from dmd_jax.seals import sealed
 from dmd_jax.stand_ins import check_real_file
 
 log = logging.getLogger(__name__)
@@ -289,7 +289,8 @@ def _claim_folder(folder: Path, metadata: ShardedMetadata, process_index: int) -
         folder.mkdir(parents=True, exist_ok=True)
         # All processes write the same bytes, so it does not matter whose file stays.
         with _appearing(path, f".{process_index}.tmp") as temporary:
-            write_sealed(temporary, dataclasses.asdict(metadata))
+            content = sealed(dataclasses.asdict(metadata))
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise _not_written(path, error, kind) from error
 

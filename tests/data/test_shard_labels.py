@@ -11,6 +11,7 @@ from shard_labels import write_records
 from dmd_jax.data.pairs import PairsMetadata, PairSource, write_pairs
 from dmd_jax.data.prompts import PromptSource, write_prompts
 from dmd_jax.errors import UserError
+from dmd_jax.seals import read_sealed, write_sealed
 
 PROMPTS = [f"prompt {number}" for number in range(8)]
 
@@ -67,7 +68,9 @@ def swap(first, second):
 def test_the_last_record_is_the_shards_label(kind, tmp_path):
     MAKERS[kind](tmp_path / "out")
     content = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    seal = content.pop("sha256")
     sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    assert seal == sha256
     for path, (start, stop) in zip(shards(tmp_path / "out"), ((0, 3), (3, 6), (6, 8))):
         reader = ArrayRecordReader(str(path))
         assert reader.num_records() == stop - start + 1
@@ -122,10 +125,10 @@ def test_metadata_that_was_changed_after_its_shards_is_refused_and_its_layout_do
 ):
     pairs_of(tmp_path / "out")
     path = tmp_path / "out" / "metadata.json"
-    content = json.loads(path.read_text())
+    content, _ = read_sealed(path, "a test's")
     path.write_text(json.dumps(dict(reversed(content.items()))))
     assert open_pairs(tmp_path / "out")[7]["z_ref"][0, 0, 0] == 7
-    path.write_text(json.dumps(content | {"seed": 4}))
+    write_sealed(path, content | {"seed": 4})
     with pytest.raises(UserError, match="and its metadata.json as it was written"):
         open_pairs(tmp_path / "out")
 
