@@ -43,8 +43,8 @@ def flips(folder: Path, count: int, seed: int) -> Iterator[Flip]:
     succeeds("teacher", "--config", TINY, "--workdir", folder / "teacher")
     succeeds("pairs", *config, "--workdir", folder / "pairs")
     pairs = f"--config.pairs.folder={folder / 'pairs'}"
-    # The steps of a pause between two lines of metrics, so that a checkpoint holds some.
-    run = (*config, pairs, "--config.steps=6", "--config.checkpoint_every=3")
+    # Lines of metrics at 4, 8 and 10; the checkpoint to fall back to, at 6, holds those of 5 and 6.
+    run = (*config, pairs, "--config.steps=8", "--config.checkpoint_every=6")
     succeeds("train", *run, "--workdir", folder / "run")
     newest = max((folder / "run" / "checkpoints").iterdir(), key=lambda path: int(path.name))
     of_kind = {
@@ -95,7 +95,7 @@ def _outcome(kind: str, folder: Path, config: tuple) -> tuple[int | None, str, d
             command = ("train", *config, pairs, "--config.steps=10", "--workdir", out)
         else:
             shutil.copytree(folder / "run", out)
-            command = ("train", "--workdir", out, "--config.steps=8")
+            command = ("train", "--workdir", out, "--config.steps=10")
         said = io.StringIO()
         warnings = logging.StreamHandler(said)
         logging.getLogger().addHandler(warnings)

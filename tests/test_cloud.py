@@ -337,7 +337,7 @@ def test_without_gcsfs_the_extra_is_named(monkeypatch, capsys):
 
 def test_what_cannot_be_used_is_named(gcs, tiny, tiny_there, trained, folder, tmp_path, capsys):
     line = fails(capsys, "train", *tiny, "--workdir", "gs://elsewhere/run")
-    assert "--workdir gs://elsewhere/run cannot be written: " in line and "no such bucket" in line
+    assert "gs://elsewhere/run cannot be written: " in line and "no such bucket" in line
     line = fails(capsys, "train", *tiny, "--workdir", "gs://closed/run")
     assert "gs://closed/run/config.json cannot be reached: Anonymous caller does not have" in line
     line = fails(capsys, "sample", "--weights", "gs://bucket/none", "--out", tmp_path / "x.png")

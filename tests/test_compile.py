@@ -95,8 +95,11 @@ def test_virtual_devices(tmp_path):
         (["--topology", "v5e"], "unknown topology 'v5e'"),
         (["--topology", "v5e:4x4", "--devices", 4], "not allowed with"),
         ([], "one of the arguments --topology --devices --join is required"),
-        (["--join", __file__], "test_compile.py: Extra data: line 1 column 3"),
-        (["--join", "none.json"], "none.json: [Errno 2] No such file or directory"),
+        (
+            ["--join", __file__],
+            "test_compile.py cannot be read as JSON (Extra data: line 1 column 3",
+        ),
+        (["--join", "none.json"], "none.json: no such file"),
         (["--devices", 0], "--devices 0; expected 1 to 4096"),
         (["--topology", "v5e:4x4", "--slices", 0], "--slices 0; expected at least 1"),
         (["--devices", 4, "--until-memory"], "--until-memory is the TPU compiler's"),

@@ -1,12 +1,11 @@
 """Configs of earlier versions: what goes on, and what is refused by name."""
 
-import json
-
 import pytest
 from commands import TINY
 
 from dmd_jax.config import load_config, resolve_config, save_config
 from dmd_jax.errors import UserError
+from dmd_jax.seals import read_sealed, write_sealed
 
 
 @pytest.fixture
@@ -16,9 +15,9 @@ def saved(tmp_path):
     def make(tensor):
         save_config(load_config(str(TINY), []), tmp_path, command="train")
         path = tmp_path / "config.json"
-        content = json.loads(path.read_text())
+        content, _ = read_sealed(path, "a test's")
         content["config"]["mesh"]["tensor"] = tensor
-        path.write_text(json.dumps(content))
+        write_sealed(path, content)
         return tmp_path
 
     return make

@@ -175,7 +175,7 @@ def test_two_processes_make_what_one_makes(config, pairs, tmp_path):
         ("pairs.compute_dtype=float8", "dtype is 'float8'; expected one of"),
         ("pairs.matmul_precision=tf32", "matmul_precision is 'tf32'; expected one of highest"),
         ("text.prompts=", "config.text.prompts is empty; expected the folder of `dmd-jax prompts`"),
-        ("text.prompts=no", "no/metadata.json: no such file, expected a folder written by `prompt"),
+        ("text.prompts=no", "no/metadata.json: no such file; expected a folder written by `prompt"),
         ("network.sample_size=16", "sample_size is 8, expected 16"),
     ],
 )

@@ -45,5 +45,5 @@ def test_no_flipped_bit_gives_other_content(tmp_path):
 def test_what_is_no_object_is_refused(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(UserError, match="a.json cannot be read"):
+    with pytest.raises(UserError, match=r"a.json(:| cannot be read)"):
         read_sealed(path, "a test's")

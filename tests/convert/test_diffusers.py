@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from dmd_jax.convert.torch_layout import from_torch, torch_key
 from dmd_jax.models import complete
+from dmd_jax.seals import read_sealed
 from dmd_jax.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -42,7 +43,7 @@ def test_every_parameter_is_where_its_name_says(made):
         for path, leaf in flat.items():
             expected = from_torch(path, arrays[prefix + torch_key(path)])
             np.testing.assert_array_equal(leaf, expected)
-    assert json.loads((out / "scheduler.json").read_text()) == {
+    assert read_sealed(out / "scheduler.json", "a test's")[0] == {
         "timestep_spacing": "leading",
         "steps_offset": 1,
         "set_alpha_to_one": False,
