@@ -37,8 +37,6 @@ ROUNDING = (
     "jax_use_direct_linearize",
     "jax_use_shardy_partitioner",
 )
-
-
 # Packages by which JAX drives accelerators.
 _PLUGINS = {
     "jax_cuda12_plugin": "NVIDIA GPU",

@@ -100,7 +100,6 @@ def run(
     ]
 
     def save() -> None:
-        pending[:] = _fetched(pending)
         _check_finite(pending, checkpoints)
         writer.flush()
         position = {
@@ -198,17 +197,14 @@ def _check_same_run(position, identity: dict[str, Any], config: ConfigDict, work
         check_same_run(defaults | position["config"], lasting(config), workdir)
 
 
-def _fetched(pending) -> list[tuple[int, dict[str, float]]]:
-    return [
+def _check_finite(pending, checkpoints: Checkpoints) -> dict[str, float]:
+    """Fetches the metrics, in place; returns their means, or raises at the first bad loss."""
+    pending[:] = [
         (step, {name: float(value) for name, value in jax.device_get(metrics).items()})
         for step, metrics in pending
     ]
-
-
-def _check_finite(pending, checkpoints: Checkpoints) -> dict[str, float]:
-    """Fetches the steps' metrics; returns their means, or raises at the first bad loss."""
     values: dict[str, list[float]] = {}
-    for step, metrics in _fetched(pending):
+    for step, metrics in pending:
         for name, value in metrics.items():
             if name.startswith(("loss", "grad_norm")) and not np.isfinite(value):
                 checkpoints.wait()
