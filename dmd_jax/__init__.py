@@ -13,7 +13,7 @@ from dmd_jax.losses import (
     snr_weight,
 )
 from dmd_jax.models.denoisers import discrete_denoiser, edm_denoiser, guided
-from dmd_jax.objective import Draws, draw, fake_score_loss, generator_loss, one_architecture
+from dmd_jax.objectives import Draws, draw, fake_score_loss, generator_loss, one_architecture
 from dmd_jax.samplers import euler, heun, one_step
 from dmd_jax.schedules import NoiseLevel, NoiseSchedule, forward_diffusion, score
 

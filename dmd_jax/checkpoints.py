@@ -23,6 +23,7 @@ from dmd_jax.files import path_of
 from dmd_jax.leaf_digests import leaf_digests
 from dmd_jax.processes import settle
 from dmd_jax.seals import sealed, unsealed
+from dmd_jax.state import TrainState, former_layout, of_former_layout
 
 log = logging.getLogger(__name__)
 
@@ -95,14 +96,16 @@ class Checkpoints:
             # A process whose part of the files is torn must not fall back alone.
             problem = settle(problem, _first_of)
             if problem is None:
-                state, record = read
+                tree, record = read
                 # By all processes, since each leaf is summed where its parts are.
-                problem = settle(_changed(record.get("digests"), leaf_digests(state)), _first_of)
+                problem = settle(_changed(record.get("digests"), leaf_digests(tree)), _first_of)
             if problem is None:
                 self._set_aside(broken)
                 if "digests" not in record:  # as in checkpoints of earlier versions
                     log.warning("checkpoint %s has no digests to check", self.folder / str(step))
-                return step, state, record.get("position", record)
+                if isinstance(abstract, TrainState) and not isinstance(tree, TrainState):
+                    tree = of_former_layout(tree, abstract)
+                return step, tree, record.get("position", record)
             log.warning(
                 "checkpoint %s is not whole (%s); falling back to the one before it",
                 self.folder / str(step),
@@ -119,8 +122,8 @@ class Checkpoints:
     def _read(self, step: int, abstract: Any) -> tuple[tuple[Any, Any] | None, str | None]:
         """(state, what is recorded with it), or None and what is wrong with the files.
 
-        By the handlers of Orbax alone: its managers wait for all processes to have read, which
-        never comes to pass where one cannot.
+        The state is in the layout in which it was saved. By the handlers of Orbax alone: its
+        managers wait for all processes to have read, which never comes to pass where one cannot.
 
         Raises:
           UserError: it is of another architecture.
@@ -128,7 +131,10 @@ class Checkpoints:
         folder = self.folder / str(step)
         state = ocp.PyTreeCheckpointHandler()
         try:
-            check_same_architecture(state.metadata(folder / "state").tree, abstract, folder)
+            found = state.metadata(folder / "state").tree
+            if isinstance(abstract, TrainState) and "players" not in found:
+                abstract = former_layout(abstract)
+            check_same_architecture(found, abstract, folder)
             args = ocp.args.PyTreeRestore(
                 item=abstract,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),

@@ -21,7 +21,7 @@ from dmd_jax.files import path_of
 from dmd_jax.models import complete
 from dmd_jax.models.lpips import lpips, lpips_template
 from dmd_jax.precision import PRECISIONS
-from dmd_jax.schedules import NoiseLevel, NoiseSchedule
+from dmd_jax.schedules import NoiseLevel
 from dmd_jax.sharding import check_batch_size, infer_shardings, make_mesh, with_shardings
 from dmd_jax.types import Params
 from dmd_jax.weights import Weights, load_weights
@@ -133,26 +133,6 @@ def check_same_network(
         raise UserError(
             f"{where} is of another architecture than config.{key}: {'; '.join(different)}"
         )
-
-
-def loss_options(config: ConfigDict, schedule: NoiseSchedule) -> dict[str, Any]:
-    """The options of objective.generator_loss.
-
-    Raises:
-      UserError: a value of the method that is unknown or out of range.
-    """
-    one_of(config, "weighting", losses.WEIGHTINGS)
-    if not 0 <= config.min_index <= config.max_index < schedule.num_levels:
-        raise UserError(
-            f"config.min_index={config.min_index} and config.max_index={config.max_index}; "
-            f"expected 0 <= min_index <= max_index < {schedule.num_levels}"
-        )
-    return dict(
-        matching_weight=config.matching_weight,
-        regression_weight=config.regression_weight,
-        weighting=config.weighting,
-        alpha_factor=config.alpha_factor,
-    )
 
 
 def computation_of(config: ConfigDict) -> dict[str, str]:

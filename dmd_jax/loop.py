@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +15,12 @@ from dmd_jax.checkpoints import Checkpoints
 from dmd_jax.config import check_same_run, default_config, lasting, save_config
 from dmd_jax.errors import Stopped, UserError
 from dmd_jax.flags import rounding_flags
-from dmd_jax.metrics import MetricsWriter, Progress
+from dmd_jax.metrics import MetricsWriter, Progress, must_be_finite
 from dmd_jax.profiling import Profile
 from dmd_jax.sharding import to_mesh
+from dmd_jax.state import TrainState
 from dmd_jax.stopping import stop_requests
+from dmd_jax.train_step import Metrics
 
 
 class Stage(NamedTuple):
@@ -26,10 +28,10 @@ class Stage(NamedTuple):
 
     until: int  # steps done at its end
     # The jitted step: (state, batch) -> (state, metrics)
-    advance: Callable[[Any, dict[str, jax.Array]], tuple[Any, dict[str, jax.Array]]]
+    advance: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     # This process's rows, an iterator with get_state() and set_state(); made when it is needed.
-    batches: Callable[[], Iterator[dict[str, np.ndarray]]]
-    batch: dict[str, jax.ShapeDtypeStruct]  # the whole of one, with shardings (`on_rows`)
+    batches: Callable[[], Iterator[Any]]
+    batch: Any  # the whole of one: ShapeDtypeStructs with shardings (`on_rows`)
     images_per_step: int
 
 
@@ -43,8 +45,7 @@ def run(
     initialize: Callable[[], Any],
     stages: Sequence[Stage],
     draw_pictures: Callable[[Any], dict[str, np.ndarray]],
-    sparse_every: int = 1,
-    dense: Collection[str] = (),
+    every: Mapping[str, int],
     profile: range = range(0),
 ) -> Any:
     """Trains to the last stage's end from the newest checkpoint, or from `initialize()`.
@@ -56,7 +57,7 @@ def run(
       stages: at least one, in the order of their ends. The position in a stage's batches is in
         the checkpoints.
       draw_pictures: state -> {name: uint8 [H, W, C]}.
-      sparse_every: only each n-th step, the first among them, has metrics besides those of `dense`.
+      every: by the player's name: it has metrics on the first step and on each n-th after it.
       profile: steps, counted from 1, that are traced into WORKDIR/profile.
 
     Returns:
@@ -92,7 +93,7 @@ def run(
     number = _stage_at(step, stages)
     batches = stages[number].batches()
     if position.get("batches") is not None and position.get("stage", 0) == number:
-        batches.set_state(position["batches"])
+        batches.set_state(_by_source(position["batches"], batches.get_state()))
     progress = _progress(name, stages, number, step, enabled=first)
     # The metrics of steps since the last line, which are part of the next one.
     pending: list[tuple[int, dict[str, jax.Array | float]]] = [
@@ -127,9 +128,8 @@ def run(
                     with jax.transfer_guard("disallow"):
                         state, metrics = stages[number].advance(state, batch)
                     traced.append(metrics)
+                metrics = _updated(metrics, every, step)
                 step += 1
-                if (step - 1) % sparse_every:
-                    metrics = {name: metrics[name] for name in dense}
                 pending.append((step, metrics))
                 if step == started_at + 1:
                     jax.block_until_ready(metrics)
@@ -158,6 +158,23 @@ def run(
         if sys.exc_info()[0] is None:
             checkpoints.close()
     return state
+
+
+def _updated(metrics: Metrics, every: Mapping[str, int], step: int) -> dict[str, jax.Array]:
+    """The metrics of the players that the step after `step` updates."""
+    return {
+        name: value
+        for player, values in metrics.items()
+        if step % every[player] == 0
+        for name, value in values.items()
+    }
+
+
+def _by_source(saved: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """A position in the data by its sources' names, which old checkpoints lack."""
+    if "fresh" in saved:
+        return {"pairs": saved[""], "prompts": saved["fresh"]}
+    return saved if saved.keys() == like.keys() else {next(iter(like)): saved}
 
 
 def _stage_at(step: int, stages: Sequence[Stage]) -> int:
@@ -206,7 +223,7 @@ def _check_finite(pending, checkpoints: Checkpoints) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for step, metrics in pending:
         for name, value in metrics.items():
-            if name.startswith(("loss", "grad_norm")) and not np.isfinite(value):
+            if must_be_finite(name) and not np.isfinite(value):
                 checkpoints.wait()
                 kept = checkpoints.steps
                 last = f"the last good checkpoint is step {kept[-1]}" if kept else "none was saved"

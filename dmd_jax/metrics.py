@@ -26,6 +26,11 @@ _LINES, _EVENTS = "metrics.jsonl", "tensorboard"
 _SECONDS_BETWEEN_UPLOADS = 30.0
 
 
+def must_be_finite(name: str) -> bool:
+    """Whether a run ends where this metric is not finite: a loss or a gradient's norm."""
+    return name.startswith(("loss", "grad_norm"))
+
+
 class MetricsWriter:
     """WORKDIR/metrics.jsonl, TensorBoard events in WORKDIR/tensorboard, WORKDIR/pictures/*.png.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,14 +11,18 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmd_jax import samplers, state
+from dmd_jax import samplers
+from dmd_jax.distillation import optimizers_of, preview_key
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import computation_of, generator_steps_per_update
+from dmd_jax.experiment import computation_of, fake_weight_of
 from dmd_jax.models import build_denoiser
 from dmd_jax.models.mlp import MLP
-from dmd_jax.objective import Networks
+from dmd_jax.objectives import DMD, Networks, Objective, dmd
 from dmd_jax.schedules import NoiseSchedule
-from dmd_jax.sharding import check_batch_size, make_mesh, replicated
+from dmd_jax.sharding import check_batch_size, make_mesh
+from dmd_jax.state import adamw_optimizer
+from dmd_jax.teachers import edm_teacher
+from dmd_jax.types import Generate
 
 # A sample belongs to the nearest mode unless that is further than this many of the mode's standard
 # deviations, beyond which a Gaussian in the plane has 0.03% of its samples.
@@ -29,12 +32,11 @@ STRAY = 4.0
 class Plane(NamedTuple):
     """What every objective shares."""
 
-    networks: Networks
-    teacher_params: dict[str, jax.Array]  # of the exact real score
-    initialize: Callable[[], state.TrainState]  # the same values at every call
-    optimizers: tuple[Any, Any]  # of the generator and of the fake score
+    objective: Callable[[DMD], Objective]
+    generate: Generate
+    frozen: dict[str, Any]  # of the exact real score
     schedule: NoiseSchedule
-    pairs: dict[str, jax.Array]  # "z_ref", "y_ref" [R, 2], "label" [R]
+    pairs: dict[str, jax.Array]  # "z_ref", "y_ref" [R, 2]
     latents: jax.Array  # [N, 2], that the panels show
     real: np.ndarray  # [N, 2], samples of the mixture
     means: np.ndarray  # [2, 2], the modes' centres
@@ -74,33 +76,37 @@ def make_plane(config: ConfigDict) -> Plane:
     def generate(params, z, cond):
         return center + toy.spread * z + network.apply({"params": params}, z, jnp.zeros(len(z)))
 
-    optimizers = tuple(
-        state.adamw(
-            learning_rate=learning_rate,
-            warmup_steps=warmup_steps,
-            steps_per_update=steps_per_update,
-            weight_decay=config.weight_decay,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            clip_norm=config.clip_norm,
-        )
-        for learning_rate, warmup_steps, steps_per_update in (
-            (config.learning_rate, config.warmup_steps, generator_steps_per_update(config)),
-            (config.fake_score_learning_rate, toy.fake_score_warmup_steps, 1),
-        )
+    optimizers = optimizers_of(config)
+    optimizers["fake_score"] = adamw_optimizer(
+        learning_rate=config.fake_score_learning_rate,
+        warmup_steps=toy.fake_score_warmup_steps,
+        weight_decay=config.weight_decay,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        clip_norm=config.clip_norm,
+    )
+    example = jnp.zeros((1, 2)), jnp.zeros(1)
+    init = {
+        "generator": lambda frozen, key: network.init(jax.random.split(key)[0], *example)["params"],
+        "fake_score": lambda frozen, key: fake_score.init(jax.random.split(key)[1]),
+    }
+    schedule = NoiseSchedule.edm(sigma_min=toy.sigma_min, sigma_max=toy.sigma_max)
+    teacher = edm_teacher(mixture)._replace(schedule=schedule)
+    networks = Networks(
+        generate=generate,
+        teacher=lambda frozen, *args: mixture.denoise(frozen["network"], *args),
+        fake_score=fake_score.denoise,
     )
 
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def initialize() -> state.TrainState:
-        key = state.role_key(state.key_data(config.seed), 0, state.Role.INIT)
-        generator_key, fake_key = jax.random.split(key)
-        return state.train_state(
-            network.init(generator_key, jnp.zeros((1, 2)), jnp.zeros(1))["params"],
-            fake_score.init(fake_key),
-            optimizer=optimizers[0],
-            fake_optimizer=optimizers[1],
-            use_ema=config.ema_decay > 0,
-            seed=config.seed,
+    def objective(settings: DMD) -> Objective:
+        return dmd(
+            settings,
+            teacher,
+            networks,
+            init=init,
+            optimizers=optimizers,
+            fake_weight=fake_weight_of(config),
+            preview_key=preview_key(config),
         )
 
     teacher_params = mixture.init(jax.random.key(0))
@@ -117,15 +123,13 @@ def make_plane(config: ConfigDict) -> Plane:
     rng = np.random.default_rng(config.seed)
     real = means[rng.integers(0, 2, toy.num_samples)]
     real = real + toy.mode_std * rng.standard_normal(real.shape)
-    preview_key = state.role_key(state.key_data(config.seed), 0, state.Role.PREVIEW)
     return Plane(
-        networks=Networks(generate, mixture.denoise, fake_score.denoise),
-        teacher_params=teacher_params,
-        initialize=initialize,
-        optimizers=optimizers,
-        schedule=NoiseSchedule.edm(sigma_min=toy.sigma_min, sigma_max=toy.sigma_max),
-        pairs={"z_ref": z_ref, "y_ref": y_ref, "label": jnp.zeros(len(z_ref), jnp.int32)},
-        latents=jax.random.normal(preview_key, (toy.num_samples, 2), jnp.float32),
+        objective=objective,
+        generate=generate,
+        frozen={"network": teacher_params},
+        schedule=schedule,
+        pairs={"z_ref": z_ref, "y_ref": y_ref},
+        latents=jax.random.normal(preview_key(config), (toy.num_samples, 2), jnp.float32),
         real=real,
         means=means,
         std=toy.mode_std,

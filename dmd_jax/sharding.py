@@ -186,14 +186,14 @@ def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def on_rows(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def on_rows(batch: Any, mesh: Mesh) -> Any:
     """The shapes of a whole batch, arrays or ShapeDtypeStructs, with its rows' shardings."""
-    return {
-        name: jax.ShapeDtypeStruct(
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=rows_sharding(mesh, leaf.shape[0])
-        )
-        for name, leaf in batch.items()
-    }
+        ),
+        batch,
+    )
 
 
 def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
@@ -202,8 +202,12 @@ def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(rows)[index] for index in places]))
 
 
-def to_mesh(local_batch: dict[str, np.ndarray], whole: dict[str, jax.ShapeDtypeStruct]):
-    """Each process's rows of a batch (`own_rows`), joined to global arrays of these shapes."""
+def to_mesh(local_batch: Any, whole: Any) -> Any:
+    """Each process's rows of a batch (`own_rows`), joined to global arrays of these shapes.
+
+    Args:
+      whole: a tree of ShapeDtypeStructs with shardings (`on_rows`), of local_batch's structure.
+    """
 
     def join(rows: np.ndarray, shape: jax.ShapeDtypeStruct) -> jax.Array:
         own = own_rows(shape.sharding.mesh, shape.shape[0])
@@ -215,7 +219,7 @@ def to_mesh(local_batch: dict[str, np.ndarray], whole: dict[str, jax.ShapeDtypeS
 
         return jax.make_array_from_callback(shape.shape, shape.sharding, part)
 
-    return {name: join(rows, whole[name]) for name, rows in local_batch.items()}
+    return jax.tree.map(join, local_batch, whole)
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:

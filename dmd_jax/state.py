@@ -1,11 +1,12 @@
-"""The train states: plain pytrees, made from a teacher, with every key a function of the step."""
+"""The train state: a plain pytree of players, with every key a function of the step."""
 
 from __future__ import annotations
 
+import dataclasses
 import enum
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -33,32 +34,28 @@ class Role(enum.IntEnum):
     SAMPLE_LABELS = 11
 
 
-@flax.struct.dataclass
-class ModelState:
-    """A trained network: its parameters and its optimiser's state."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlayerState:
+    """A trained tree: its parameters, its optimiser's state, and their average."""
 
     params: Params  # nested dict of float32 arrays
     opt_state: optax.OptState
+    ema: Params | None  # of the parameters, or None
+
+    @property
+    def averaged(self) -> Params:
+        """The average, or the parameters where none is kept."""
+        return self.params if self.ema is None else self.ema
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Distillation: what a step changes. The teacher is not in it."""
+    """What a step changes. What it only reads, as the teacher, is not in it."""
 
     step: jax.Array  # int32 [], steps done
-    generator: ModelState
-    fake_score: ModelState
-    ema: Params | None  # of the generator's parameters, or None
-    key: jax.Array  # uint32 [2], the seed's key as data
-
-
-@flax.struct.dataclass
-class TeacherState:
-    """Teacher training: what a step changes."""
-
-    step: jax.Array  # int32 [], steps done
-    teacher: ModelState
-    ema: Params | None  # of the teacher's parameters, or None
+    players: dict[str, PlayerState]
     key: jax.Array  # uint32 [2], the seed's key as data
 
 
@@ -103,6 +100,30 @@ def adamw(
     )
 
 
+class Optimizer(NamedTuple):
+    """A gradient transformation, and its learning rate for the metrics."""
+
+    transformation: optax.GradientTransformation
+    learning_rate: optax.Schedule  # of the updates done
+
+
+def adamw_optimizer(
+    *, learning_rate: float, warmup_steps: int, steps_per_update: int = 1, **options: float
+) -> Optimizer:
+    """`adamw` with its learning rate.
+
+    Args:
+      options: further ones of `adamw`.
+    """
+    transformation = adamw(
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        steps_per_update=steps_per_update,
+        **options,
+    )
+    return Optimizer(transformation, warmup(learning_rate, warmup_steps, steps_per_update))
+
+
 def _decays(params: Params) -> Any:
     """False for the Fourier embedding's frequencies: constants, though checkpoints hold them."""
     return jax.tree_util.tree_map_with_path(
@@ -123,36 +144,35 @@ def warmup(learning_rate: float, warmup_steps: int, steps_per_update: int = 1) -
     return rate if steps_per_update == 1 else lambda updates: rate(steps_per_update * updates)
 
 
-def model_state(params: Params, optimizer: optax.GradientTransformation) -> ModelState:
-    """A network before its first update."""
-    return ModelState(params=params, opt_state=optimizer.init(params))
-
-
 def train_state(
-    generator_params: Params,
-    fake_score_params: Params,
+    params: Mapping[str, Params],
+    transformations: Mapping[str, optax.GradientTransformation],
     *,
-    optimizer: optax.GradientTransformation,
-    fake_optimizer: optax.GradientTransformation,
-    use_ema: bool,
+    averaged: Collection[str] = (),
     seed: int,
 ) -> TrainState:
-    """The state before the first step; in the method both networks start as the teacher's copy."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        generator=model_state(generator_params, optimizer),
-        fake_score=model_state(fake_score_params, fake_optimizer),
-        ema=generator_params if use_ema else None,
-        key=key_data(seed),
-    )
+    """The state before the first step.
+
+    Args:
+      params, transformations: of each player, by name.
+      averaged: the players that keep an average of their parameters.
+    """
+    players = {
+        name: PlayerState(
+            tree, transformations[name].init(tree), tree if name in averaged else None
+        )
+        for name, tree in params.items()
+    }
+    return TrainState(step=jnp.zeros((), jnp.int32), players=players, key=key_data(seed))
 
 
 def apply_gradients(
-    model: ModelState, gradients: Params, optimizer: optax.GradientTransformation
-) -> ModelState:
-    """One optimiser update."""
-    updates, opt_state = optimizer.update(gradients, model.opt_state, model.params)
-    return ModelState(params=optax.apply_updates(model.params, updates), opt_state=opt_state)
+    player: PlayerState, gradients: Params, transformation: optax.GradientTransformation
+) -> PlayerState:
+    """One optimiser update; the average stays."""
+    updates, opt_state = transformation.update(gradients, player.opt_state, player.params)
+    params = optax.apply_updates(player.params, updates)
+    return dataclasses.replace(player, params=params, opt_state=opt_state)
 
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
@@ -162,3 +182,30 @@ def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Pa
     """
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)
+
+
+def former_layout(state: TrainState) -> dict[str, Any]:
+    """The tree that checkpoints have, in place of a TrainState, which know no players."""
+    tree: dict[str, Any] = {"step": state.step, "key": state.key, "ema": None}
+    for name, player in state.players.items():
+        tree[name] = {"params": player.params, "opt_state": player.opt_state}
+        if player.ema is not None:
+            tree["ema"] = player.ema
+    return tree
+
+
+def of_former_layout(tree: Mapping[str, Any], like: TrainState) -> TrainState:
+    """The state that a tree of `former_layout` holds.
+
+    Args:
+      like: a state with the same players, which says whose the average is.
+    """
+    players = {
+        name: PlayerState(
+            tree[name]["params"],
+            tree[name]["opt_state"],
+            None if player.ema is None else tree["ema"],
+        )
+        for name, player in like.players.items()
+    }
+    return TrainState(tree["step"], players, tree["key"])

@@ -7,6 +7,7 @@ those of every distillation. configs/toy2d.py says what is claimed.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,26 +18,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dmd_jax import state
 from dmd_jax.config import resolve_config, save_config
+from dmd_jax.distillation import dmd_settings
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import (
-    check_ranges,
-    fake_weight_of,
-    generator_steps_per_update,
-    loss_options,
-)
+from dmd_jax.experiment import check_ranges
 from dmd_jax.files import local_path, write_json
-from dmd_jax.metrics import MetricsWriter, Progress
+from dmd_jax.metrics import MetricsWriter, Progress, must_be_finite
 from dmd_jax.pictures import save_png
 from dmd_jax.plane import Plane, make_plane, measure
 from dmd_jax.provenance import command_line, machine
 from dmd_jax.scatter import Panel, draw_panels
 from dmd_jax.sharding import replicated
-from dmd_jax.train_step import jit_step, make_train_step
+from dmd_jax.train_step import initial_state, jit_step, make_train_step
 from dmd_jax.workdir_lock import locked
 
-# Each objective's options of objective.generator_loss; "full" is the config's own.
+# What each objective changes of the config's settings.
 OBJECTIVES = {
     "real_score": {"use_fake_score": False, "regression_weight": 0.0},
     "real_minus_fake": {"regression_weight": 0.0},
@@ -111,56 +107,40 @@ def train(
     Raises:
       UserError: a loss or a gradient is not finite; names the step.
     """
-    step = make_train_step(
-        plane.networks,
-        schedule=plane.schedule,
-        optimizer=plane.optimizers[0],
-        fake_optimizer=plane.optimizers[1],
-        learning_rate=state.warmup(
-            config.learning_rate, config.warmup_steps, generator_steps_per_update(config)
-        ),
-        batch_size=config.batch_size,
-        sample_shape=(2,),
-        num_classes=0,
-        min_index=config.min_index,
-        max_index=config.max_index,
-        fake_weight=fake_weight_of(config),
-        generator_every=config.generator_every,
-        accumulation=config.accumulation,
-        ema_decay=config.ema_decay,
-        mesh=plane.mesh,
-        loss_options=loss_options(config, plane.schedule) | OBJECTIVES[objective],
+    settings = dmd_settings(config, plane.schedule)._replace(
+        regression_batch_size=len(plane.pairs["z_ref"]), **OBJECTIVES[objective]
     )
+    chosen = plane.objective(settings)
+    step = make_train_step(chosen, accumulation=config.accumulation, mesh=plane.mesh)
 
     # The step takes less time than its dispatch from Python, so one call makes many of them.
-    def many(train_state, teacher_params, perceptual_params, batch):
+    def many(train_state, frozen, batch):
         return jax.lax.scan(
-            lambda carry, _: step(carry, teacher_params, perceptual_params, batch),
-            train_state,
-            length=config.log_every,
+            lambda carry, _: step(carry, frozen, batch), train_state, length=config.log_every
         )
 
-    train_state = plane.initialize()
     whole = replicated(plane.mesh)
+    initialize = functools.partial(initial_state, chosen, seed=config.seed)
+    train_state = jax.jit(initialize, out_shardings=whole)(plane.frozen)
     advance = jit_step(many, plane.mesh, whole, whole)
-    generate = jax.jit(lambda params: plane.networks.generate(params, plane.latents, None))
-    initial = np.asarray(generate(train_state.generator.params))
+    batch = {"pairs": plane.pairs} if "pairs" in chosen.needs else {}
+    generate = jax.jit(lambda params: plane.generate(params, plane.latents, None))
+    initial = np.asarray(generate(train_state.players["generator"].params))
     progress = Progress(objective, config.steps, unit="samples", per_step=config.batch_size)
     for done in range(config.log_every, config.steps + 1, config.log_every):
-        train_state, metrics = advance(train_state, plane.teacher_params, None, plane.pairs)
-        metrics = jax.device_get(metrics)
-        _check_finite(metrics, objective, done - config.log_every)
-        # The generator's metrics are zero on the steps that do not update it.
-        values = {
-            name: float(each[:: config.generator_every].mean()) for name, each in metrics.items()
-        }
+        train_state, metrics = advance(train_state, plane.frozen, batch)
+        values = {}
+        for player, found in jax.device_get(metrics).items():
+            _check_finite(found, objective, done - config.log_every)
+            # A player's metrics are zero on the steps that do not update it.
+            every = chosen.players[player].every
+            values |= {name: float(each[::every].mean()) for name, each in found.items()}
         losses = (f"{name} {value:.4g}" for name, value in values.items() if "loss" in name)
         progress.update(done, "  ".join(losses))
         writer.scalars(done, values)
         if done == config.log_every:
             progress.restart(done)
-    trained = train_state.generator.params if train_state.ema is None else train_state.ema
-    return initial, np.asarray(generate(trained))
+    return initial, np.asarray(generate(train_state.players["generator"].averaged))
 
 
 def _describe(panel: dict[str, Any]) -> str:
@@ -180,7 +160,7 @@ def _picture(fakes: dict[str, np.ndarray], panels: dict[str, Any], plane: Plane)
 def _check_finite(metrics: dict[str, np.ndarray], objective: str, done: int) -> None:
     for name, values in metrics.items():
         bad = np.flatnonzero(~np.isfinite(values))
-        if name.startswith(("loss", "grad_norm")) and len(bad):
+        if must_be_finite(name) and len(bad):
             raise UserError(
                 f"{name} of the objective {objective} is {values[bad[0]]} at step "
                 f"{done + bad[0] + 1}; expected a finite number"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -12,25 +15,15 @@ from ml_collections import ConfigDict
 from dmd_jax import loop
 from dmd_jax.arguments import add_run_arguments, run_config
 from dmd_jax.config import stages_of
-from dmd_jax.distillation import optimizers_of, setting_of
+from dmd_jax.distillation import setting_of
 from dmd_jax.distillation.program import Program, program_of
-from dmd_jax.distillation.setting import Setting
-from dmd_jax.experiment import (
-    check_batches,
-    loss_options,
-    mesh_of,
-    shardings_of,
-    teacher_of,
-)
+from dmd_jax.distillation.setting import Method, Setting, data_of
+from dmd_jax.experiment import check_batches, mesh_of, shardings_of, teacher_of
 from dmd_jax.introduction import introduce
 from dmd_jax.preview import preview
 from dmd_jax.profiling import add_profile_argument, profiled_steps
-from dmd_jax.sharding import (
-    infer_shardings,
-    on_rows,
-    place,
-)
-from dmd_jax.train_step import EVERY_STEP
+from dmd_jax.sharding import infer_shardings, on_rows, place
+from dmd_jax.teachers import Frozen
 from dmd_jax.weights import Weights, save_class_names, save_from_devices
 from dmd_jax.workdir_lock import locked
 
@@ -45,62 +38,82 @@ def run(args: argparse.Namespace) -> None:
     profile = profiled_steps(args.profile, config.steps)
     mesh = mesh_of(config)
     introduce(mesh)
-    parts = stages_of(config)
-    for number, (_, part) in enumerate(parts):
+    stages = stages_of(config)
+    for number, (_, stage) in enumerate(stages):
         where = f"config.stages[{number}]" if number < len(config.stages) else "config"
-        check_batches(part, mesh, where)
-    teacher = teacher_of(config)
-    setting = setting_of(config, teacher)
+        check_batches(stage, mesh, where)
+    setting = setting_of(config, teacher_of(config))
+    train("train", args.workdir, config, setting, stages, mesh=mesh, profile=profile)
+
+
+def train(
+    name: str,
+    workdir: Path,
+    config: ConfigDict,
+    setting: Setting,
+    stages: list[tuple[int, ConfigDict]],
+    *,
+    mesh: Mesh,
+    profile: range,
+) -> None:
+    """Trains a setting's players through its stages, and writes the first one's weights.
+
+    Args:
+      name: of the command. stages: as config.stages_of gives them.
+      profile: steps, counted from 1, that are traced into WORKDIR/profile.
+
+    Raises:
+      Stopped: on SIGTERM or SIGINT, after a checkpoint.
+      UserError: as loop.run.
+    """
     method = setting.method
-    for _, part in parts:
-        loss_options(part, method.schedule)
-    program = program_of(config, method, optimizers_of(config), mesh, setting.arguments)
-    teacher_params = place(setting.arguments.teacher, shardings_of(program.teacher))
-    perceptual_params = place(setting.arguments.perceptual, shardings_of(program.perceptual))
+    program = program_of(config, method, mesh, setting.frozen)
+    host, host_before = method.split(setting.frozen)
+    frozen = place(host, shardings_of(program.frozen))
+    before = place(host_before, infer_shardings(host_before, mesh))
+    objective = method.objective(config)
 
     def stage(number: int) -> loop.Stage:
-        until, part = parts[number]
-        ends = [0, *(end for end, _ in parts)]
-        earlier = [(end - ends[i], one) for i, (end, one) in enumerate(parts[:number])]
-        step, encode_ahead = program.step(part), _ahead(setting, program, part, mesh)
+        until, part = stages[number]
+        ends = [0, *(end for end, _ in stages)]
+        earlier = [(end - ends[i], one) for i, (end, one) in enumerate(stages[:number])]
+        step, encode = program.step(part), _encoder(method, program, part, before)
         return loop.Stage(
             until=until,
-            advance=lambda train_state, batch: step(
-                train_state, teacher_params, perceptual_params, encode_ahead(batch)
-            ),
-            batches=functools.partial(setting.data, mesh, part, earlier),
+            advance=lambda state, batch: step(state, frozen, encode(batch)),
+            batches=functools.partial(data_of, setting, mesh, part, earlier),
             batch=on_rows(method.batch(part), mesh),
-            images_per_step=part.batch_size,
+            images_per_step=method.objective(part).batch_size,
         )
 
-    with locked(args.workdir, first=jax.process_index() == 0):
+    with locked(workdir, first=jax.process_index() == 0):
         if jax.process_index() == 0:
-            save_class_names(args.workdir, teacher.class_names)
+            save_class_names(workdir, setting.class_names)
         final = loop.run(
-            name="train",
-            workdir=args.workdir,
+            name=name,
+            workdir=workdir,
             config=config,
             identity=setting.identity,
             abstract=program.state,
             initialize=lambda: jax.jit(
                 program.initialize, out_shardings=shardings_of(program.state)
-            )(teacher_params),
-            stages=[stage(number) for number in range(len(parts))],
-            sparse_every=config.generator_every,
-            dense=EVERY_STEP,
+            )(frozen),
+            stages=[stage(number) for number in range(len(stages))],
+            every={player: one.every for player, one in objective.players.items()},
             profile=profile,
-            draw_pictures=preview(config, setting, teacher_params, perceptual_params, mesh),
+            draw_pictures=preview(setting, objective, frozen, before, mesh),
         )
-        trained = final.generator.params if final.ema is None else final.ema
-        description = f"one-step generator, distilled for {int(final.step)} steps"
-        weights = Weights(teacher.network, trained, description, class_names=teacher.class_names)
-        save_from_devices(args.workdir / "weights", weights)
+        trained = final.players[next(iter(objective.players))].averaged
+        description = setting.description.format(step=int(final.step))
+        weights = Weights(setting.network, trained, description, class_names=setting.class_names)
+        save_from_devices(workdir / "weights", weights)
 
 
-def _ahead(setting: Setting, program: Program, stage: ConfigDict, mesh: Mesh):
+def _encoder(
+    method: Method, program: Program, stage: ConfigDict, before: Frozen
+) -> Callable[[Any], Any]:
     """batch -> batch with the text encoded, where that is a program of its own."""
-    if setting.method.ahead is None:
+    if method.ahead is None:
         return lambda batch: batch
-    params = setting.arguments.ahead
-    jitted = jax.jit(setting.method.ahead, out_shardings=shardings_of(program.batch(stage)))
-    return functools.partial(jitted, place(params, infer_shardings(params, mesh)))
+    jitted = jax.jit(method.ahead, out_shardings=shardings_of(program.batch(stage)))
+    return functools.partial(jitted, before)

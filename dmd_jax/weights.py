@@ -31,7 +31,14 @@ _DTYPES = ("F32", "BF16", "F16")
 # In a run's workdir: the names of the classes that its weights get in their config.json.
 CLASSES_FILE = "classes.json"
 # Where a run's checkpoint holds the network that it is for, best first.
-TRAINED = ("ema", "generator/params", "teacher/params")
+TRAINED = (
+    *(
+        f"players/{player}/{part}"
+        for player in ("generator", "teacher")
+        for part in ("ema", "params")
+    ),
+    *("ema", "generator/params", "teacher/params"),  # in checkpoints that know no players
+)
 
 
 class Weights(NamedTuple):

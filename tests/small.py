@@ -1,10 +1,17 @@
 """A denoiser small enough that compiling it costs nothing: the tests' own network, no Flax."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmd_jax.schedules import expand
+from dmd_jax import samplers
+from dmd_jax.models import Denoiser
+from dmd_jax.objectives import DMD, Networks, dmd
+from dmd_jax.schedules import NoiseSchedule, expand
+from dmd_jax.state import adamw_optimizer
+from dmd_jax.teachers import edm_teacher
 
 SHAPE = (4, 4, 1)
 CLASSES = 3
@@ -46,3 +53,28 @@ def pairs_batch(seed, size):
         "y_ref": np.tanh(rng.standard_normal((size, *SHAPE))).astype(np.float32),
         "label": rng.integers(0, CLASSES, size).astype(np.int32),
     }
+
+
+def teacher(schedule=None):
+    """The small denoiser as a family of teachers."""
+    return edm_teacher(Denoiser(init, denoise, SHAPE, CLASSES, schedule or NoiseSchedule.edm()))
+
+
+def objective(*, optimizer=None, teacher=teacher(), **settings):  # noqa: B008
+    """DMD of the small denoiser; both players start as the teacher's copy."""
+    optimizer = optimizer or adamw_optimizer(learning_rate=1e-3, warmup_steps=4)
+    settings = {"regression_batch_size": settings["batch_size"]} | settings
+    networks = Networks(
+        generate=functools.partial(samplers.one_step, denoise, schedule=teacher.schedule),
+        teacher=lambda frozen, *args: denoise(frozen["network"], *args),
+        fake_score=denoise,
+    )
+    names = ("generator", "fake_score")
+    return dmd(
+        DMD(**settings),
+        teacher,
+        networks,
+        init=dict.fromkeys(names, lambda frozen, key: frozen["network"]),
+        optimizers=dict.fromkeys(names, optimizer),
+        preview_key=jax.random.key(0),
+    )

@@ -9,11 +9,11 @@ from diffusers_folder import TAESD, TEXT, UNET, VAE
 
 from dmd_jax.generation import draw_labels, draw_latents
 from dmd_jax.models import abstract_params, build_denoiser
-from dmd_jax.objective import draw, draw_lognormal, one_architecture
+from dmd_jax.objectives import draw, draw_lognormal
 from dmd_jax.samplers import heun
 from dmd_jax.schedules import NoiseSchedule
-from dmd_jax.state import Role, adamw, key_data, role_key, train_state, warmup
-from dmd_jax.train_step import make_train_step
+from dmd_jax.state import Role, adamw_optimizer, key_data, role_key
+from dmd_jax.train_step import initial_state, make_train_step
 
 EDM = dict(img_resolution=8, in_channels=1, out_channels=1, label_dim=10, channel_mult=(1,))
 EDM |= dict(num_blocks=1, attn_resolutions=(8,), augment_dim=9)
@@ -47,23 +47,13 @@ def images():
 
 def step():
     """The fake score after a step, whose latents, labels, levels and noise are all drawn."""
-    schedule, optimizer = NoiseSchedule.edm(), adamw(learning_rate=1e-3, warmup_steps=0)
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1, jnp.float32), SMALL)
-    state = train_state(
-        params, params, optimizer=optimizer, fake_optimizer=optimizer, use_ema=False, seed=3
-    )
-    train_step = make_train_step(
-        one_architecture(small.denoise, schedule),
-        schedule=schedule,
-        optimizer=optimizer,
-        fake_optimizer=optimizer,
-        learning_rate=warmup(1e-3, 0),
-        batch_size=4,
-        sample_shape=small.SHAPE,
-        num_classes=small.CLASSES,
-    )
-    state, _ = jax.jit(train_step)(state, params, None, small.pairs_batch(0, 4))
-    return state.fake_score.opt_state[1][0].mu
+    optimizer = adamw_optimizer(learning_rate=1e-3, warmup_steps=0)
+    objective = small.objective(batch_size=4, optimizer=optimizer)
+    state = initial_state(objective, {"network": params}, seed=3)
+    train_step = jax.jit(make_train_step(objective))
+    state, _ = train_step(state, {"network": params}, {"pairs": small.pairs_batch(0, 4)})
+    return state.players["fake_score"].opt_state[1][0].mu
 
 
 SMALL = jax.eval_shape(small.init, jax.random.key(0))

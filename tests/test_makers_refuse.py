@@ -6,7 +6,7 @@ import pytest
 
 from dmd_jax.errors import UserError
 from dmd_jax.generation import ImageMaker
-from dmd_jax.objective import fake_score_loss, generator_loss
+from dmd_jax.objectives import fake_score_loss, generator_loss
 from dmd_jax.weights import load_weights, packaged
 
 Z = np.zeros((2, 8, 8, 1), np.float32)

@@ -7,16 +7,15 @@ import pytest
 import small
 
 from dmd_jax import losses
-from dmd_jax.objective import (
+from dmd_jax.objectives import (
     Draws,
     draw,
     draw_lognormal,
     fake_score_loss,
     generator_loss,
-    join_pairs,
     one_architecture,
-    take_pairs,
 )
+from dmd_jax.objectives.matching import join_pairs, take_pairs
 from dmd_jax.schedules import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.edm()

@@ -13,9 +13,11 @@ from dmd_jax.state import (
     Role,
     adamw,
     apply_gradients,
+    former_layout,
     key_data,
-    model_state,
+    of_former_layout,
     role_key,
+    train_state,
     update_ema,
     warmup,
 )
@@ -41,7 +43,8 @@ def trained(steps, **options):
         "b": rng.standard_normal(5).astype(np.float32),
     }
     optimizer = adamw(**SETTINGS, **options)
-    model = model_state(jax.tree.map(jnp.asarray, params), optimizer)
+    params_of = {"generator": jax.tree.map(jnp.asarray, params)}
+    model = train_state(params_of, {"generator": optimizer}, seed=0).players["generator"]
     update = jax.jit(lambda model, gradients: apply_gradients(model, gradients, optimizer))
     for step in range(steps):
         model = update(model, gradients_of(step))
@@ -127,16 +130,18 @@ def test_the_config_says_what_the_generators_warmup_counts(counts, rates):
     config = load_config(str(TINY), [])
     config.generator_every, config.warmup_steps, config.warmup_counts = EVERY, 5, counts
     config.weight_decay = 0.0
-    params = {"w": jnp.zeros((), jnp.float32)}
-    for optimizer, expected, rate in zip(
-        optimizers_of(config),
+    params, optimizers = {"w": jnp.zeros((), jnp.float32)}, optimizers_of(config)
+    assert list(optimizers) == ["generator", "fake_score"]
+    for (transformation, schedule), expected, rate in zip(
+        optimizers.values(),
         (rates, [0, 0.2, 0.4]),
         (config.learning_rate, config.fake_score_learning_rate),
     ):
-        model = model_state(params, optimizer)
+        np.testing.assert_allclose([schedule(k) / rate for k in range(3)], expected, rtol=1e-6)
+        model = train_state({"one": params}, {"one": transformation}, seed=0).players["one"]
         for k in range(3):
             model = jax.tree.map(jnp.asarray, jax.device_get(model))
-            after = apply_gradients(model, {"w": jnp.ones((), jnp.float32)}, optimizer)
+            after = apply_gradients(model, {"w": jnp.ones((), jnp.float32)}, transformation)
             # Adam's update for a constant gradient of 1 is the learning rate.
             moved = model.params["w"] - after.params["w"]
             np.testing.assert_allclose(moved, expected[k] * rate, rtol=2e-5, atol=1e-12)
@@ -165,3 +170,20 @@ def test_keys_differ_by_seed_step_and_role():
         for role in Role
     }
     assert len(keys) == 3 * 3 * len(Role)
+
+
+def test_a_state_in_the_layout_without_players_is_the_state():
+    """Of checkpoints that had two networks and the generator's average by name."""
+    params = {"generator": {"w": jnp.arange(3.0)}, "fake_score": {"w": jnp.ones(2)}}
+    optimizers = dict.fromkeys(params, adamw(**SETTINGS))
+    state = train_state(params, optimizers, averaged=["generator"], seed=4)
+    former = former_layout(state)
+    assert former.keys() == {"step", "generator", "fake_score", "ema", "key"}
+    assert former["ema"] is state.players["generator"].ema
+    found = of_former_layout(former, jax.eval_shape(lambda: state))
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    plain = train_state(params, optimizers, seed=4)
+    assert former_layout(plain)["ema"] is None
+    assert of_former_layout(former_layout(plain), plain).players["generator"].ema is None

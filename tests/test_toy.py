@@ -9,7 +9,10 @@ from PIL import Image
 
 from dmd_jax.config import load_config
 from dmd_jax.metrics import read_metrics
+from dmd_jax.objectives import DMD
 from dmd_jax.plane import make_plane, measure
+from dmd_jax.toy import OBJECTIVES
+from dmd_jax.train_step import initial_state
 
 CONFIG = ROOT / "configs" / "toy2d.py"
 # Half the configuration's steps: the outcomes are there already.
@@ -98,9 +101,14 @@ def test_a_finished_run_is_kept(workdir, capsys):
 
 
 def test_every_objective_starts_from_the_same_cluster(plane):
-    first, second = (plane.initialize().generator.params for _ in range(2))
-    initial = [plane.networks.generate(params, plane.latents, None) for params in (first, second)]
-    np.testing.assert_array_equal(*initial)
+    settings = DMD(batch_size=4, regression_batch_size=4)
+    initial = []
+    for changes in OBJECTIVES.values():
+        state = initial_state(plane.objective(settings._replace(**changes)), plane.frozen, seed=0)
+        params = state.players["generator"].params
+        initial.append(plane.generate(params, plane.latents, None))
+    for other in initial[1:]:
+        np.testing.assert_array_equal(other, initial[0])
     expected = np.array([-0.75, 0.45]) + 0.1 * np.asarray(plane.latents)
     np.testing.assert_allclose(initial[0], expected, atol=1e-6)
 

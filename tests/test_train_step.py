@@ -1,5 +1,7 @@
 """The one step: Algorithm 1's order, its options, and the same numbers on every mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,51 +10,59 @@ import small
 
 from dmd_jax import sharding
 from dmd_jax.experiment import abstract_state, shardings_of
-from dmd_jax.objective import draw, fake_score_loss, generator_loss, one_architecture
+from dmd_jax.objectives import draw, fake_score_loss, generator_loss, one_architecture
 from dmd_jax.schedules import NoiseSchedule
-from dmd_jax.state import Role, adamw, apply_gradients, role_key, train_state, update_ema, warmup
-from dmd_jax.train_step import jit_step, make_train_step
+from dmd_jax.state import (
+    Role,
+    adamw,
+    adamw_optimizer,
+    apply_gradients,
+    role_key,
+    train_state,
+    update_ema,
+)
+from dmd_jax.train_step import initial_state, jit_step, make_train_step
 
 SCHEDULE = NoiseSchedule.edm()
 NETWORKS = one_architecture(small.denoise, SCHEDULE)
-OPTIMIZER = adamw(learning_rate=1e-3, warmup_steps=4)
 BATCH = 16
 
 
-def make_step(**options):
-    options = dict(ema_decay=0.9, batch_size=BATCH) | options
-    return make_train_step(
-        NETWORKS,
-        schedule=SCHEDULE,
-        optimizer=OPTIMIZER,
-        fake_optimizer=OPTIMIZER,
-        learning_rate=warmup(1e-3, 4),
-        sample_shape=small.SHAPE,
-        num_classes=small.CLASSES,
-        **options,
-    )
+def make_step(*, mesh=None, accumulation=1, **options):
+    """(the objective, its step)."""
+    objective = small.objective(**dict(ema_decay=0.9, batch_size=BATCH) | options)
+    return objective, make_train_step(objective, accumulation=accumulation, mesh=mesh)
 
 
-def initialize(params):
-    return train_state(
-        params, params, optimizer=OPTIMIZER, fake_optimizer=OPTIMIZER, use_ema=True, seed=7
-    )
+def pairs_of(k, size=BATCH):
+    return {"pairs": small.pairs_batch(k, size)}
 
 
-def run(step, mesh, steps, batch=lambda k: small.pairs_batch(k, BATCH)):
+def flat(metrics):
+    """All players' metrics in one dict."""
+    return {name: value for found in metrics.values() for name, value in found.items()}
+
+
+def start(objective, step, mesh):
+    """What a run starts with on a mesh: the frozen parameters, the state, and the jitted step."""
+    initialize = functools.partial(initial_state, objective, seed=7)
+    frozen = {"network": small.init(jax.random.key(0))}
+    frozen_shardings = sharding.infer_shardings(frozen, mesh)
+    frozen = sharding.place(jax.device_get(frozen), frozen_shardings)
+    shardings = shardings_of(abstract_state(initialize, mesh, frozen))
+    state = jax.jit(initialize, out_shardings=shardings)(frozen)
+    return frozen, state, jit_step(step, mesh, shardings, frozen_shardings)
+
+
+def run(made, mesh, steps, batch=pairs_of):
     """The state, the metrics of each step, and the jitted step, after `steps` on a mesh."""
-    teacher = small.init(jax.random.key(0))
-    teacher_shardings = sharding.infer_shardings(teacher, mesh)
-    teacher = sharding.place(jax.device_get(teacher), teacher_shardings)
-    shardings = shardings_of(abstract_state(initialize, mesh, teacher))
-    state = jax.jit(initialize, out_shardings=shardings)(teacher)
-    jitted = jit_step(step, mesh, shardings, teacher_shardings)
+    frozen, state, jitted = start(*made, mesh)
     history = []
     for k in range(steps):
         rows = batch(k)
         rows = sharding.to_mesh(rows, sharding.on_rows(rows, mesh))
-        state, metrics = jitted(state, teacher, None, rows)
-        history.append(jax.device_get(metrics))
+        state, metrics = jitted(state, frozen, rows)
+        history.append(flat(jax.device_get(metrics)))
     return state, history, jitted
 
 
@@ -85,13 +95,14 @@ def test_ten_steps_on_eight_devices_equal_one_device(one_device, shape):
     # Adam's moments and the parameters after ten updates.
     assert_same(state, expected)
     assert jitted._cache_size() == 1
+    generator, fake_score = state.players["generator"], state.players["fake_score"]
     trees = {
-        "generator": state.generator.params,
-        "fake_score": state.fake_score.params,
-        "ema": state.ema,
-        "generator's mu": state.generator.opt_state[1][0].mu,
-        "generator's nu": state.generator.opt_state[1][0].nu,
-        "fake_score's nu": state.fake_score.opt_state[1][0].nu,
+        "generator": generator.params,
+        "fake_score": fake_score.params,
+        "ema": generator.ema,
+        "generator's mu": generator.opt_state[1][0].mu,
+        "generator's nu": generator.opt_state[1][0].nu,
+        "fake_score's nu": fake_score.opt_state[1][0].nu,
     }
     for name, tree in trees.items():
         large = [leaf for leaf in jax.tree.leaves(tree) if leaf.size >= sharding.MIN_SHARDED_SIZE]
@@ -105,16 +116,15 @@ def test_each_device_works_on_its_own_rows_alone():
     """A data-parallel step does an eighth of the operations on each of eight devices."""
 
     def operations(mesh):
-        step = make_step(mesh=mesh, batch_size=64 * BATCH)
-        teacher = jax.eval_shape(small.init, jax.random.key(0))
-        teacher_shardings = sharding.infer_shardings(teacher, mesh)
-        state = abstract_state(initialize, mesh, teacher)
-        batch = jax.tree.map(
-            lambda rows: jax.ShapeDtypeStruct((64 * len(rows), *rows.shape[1:]), rows.dtype),
-            small.pairs_batch(0, BATCH),
-        )
-        jitted = jit_step(step, mesh, shardings_of(state), teacher_shardings)
-        return jitted.lower(state, teacher, None, batch).compile().cost_analysis()["flops"]
+        objective, step = make_step(mesh=mesh, batch_size=64 * BATCH)
+        frozen = jax.eval_shape(lambda key: {"network": small.init(key)}, jax.random.key(0))
+        frozen_shardings = sharding.infer_shardings(frozen, mesh)
+        initialize = functools.partial(initial_state, objective, seed=7)
+        state = abstract_state(initialize, mesh, frozen)
+        batch = objective.needs["pairs"].arrays
+        jitted = jit_step(step, mesh, shardings_of(state), frozen_shardings)
+        compiled = jitted.lower(state, frozen, {"pairs": batch}).compile()
+        return compiled.cost_analysis()["flops"]
 
     one = operations(sharding.make_mesh(1, devices=jax.devices()[:1]))
     # The optimiser's operations on whole parameters are not split by data; they are few beside
@@ -125,16 +135,11 @@ def test_each_device_works_on_its_own_rows_alone():
 
 def test_the_state_is_donated():
     mesh = sharding.make_mesh(2, 4)
-    teacher = small.init(jax.random.key(0))
-    teacher_shardings = sharding.infer_shardings(teacher, mesh)
-    teacher = sharding.place(jax.device_get(teacher), teacher_shardings)
-    shardings = shardings_of(abstract_state(initialize, mesh, teacher))
-    state = jax.jit(initialize, out_shardings=shardings)(teacher)
-    jitted = jit_step(make_step(), mesh, shardings, teacher_shardings)
-    batch = small.pairs_batch(0, BATCH)
-    jitted(state, teacher, None, sharding.to_mesh(batch, sharding.on_rows(batch, mesh)))
+    frozen, state, jitted = start(*make_step(), mesh)
+    batch = pairs_of(0)
+    jitted(state, frozen, sharding.to_mesh(batch, sharding.on_rows(batch, mesh)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(teacher))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
 
 
 def test_fake_score_trains_on_the_generator_before_its_update():
@@ -142,22 +147,16 @@ def test_fake_score_trains_on_the_generator_before_its_update():
     teacher = small.init(jax.random.key(0))
     generator = jax.tree.map(lambda leaf: 1.1 * leaf, teacher)
     optimizer = adamw(learning_rate=1e-2, warmup_steps=0)
+    names = ("generator", "fake_score")
     state = train_state(
-        generator, teacher, optimizer=optimizer, fake_optimizer=optimizer, use_ema=True, seed=3
+        {"generator": generator, "fake_score": teacher},
+        dict.fromkeys(names, optimizer),
+        averaged=["generator"],
+        seed=3,
     )
     pairs = small.pairs_batch(1, BATCH)
-    step = make_train_step(
-        NETWORKS,
-        schedule=SCHEDULE,
-        optimizer=optimizer,
-        fake_optimizer=optimizer,
-        learning_rate=warmup(1e-2, 0),
-        batch_size=BATCH,
-        sample_shape=small.SHAPE,
-        num_classes=small.CLASSES,
-        ema_decay=0.9,
-    )
-    after, metrics = jax.jit(step)(state, teacher, None, pairs)
+    _, step = make_step(optimizer=adamw_optimizer(learning_rate=1e-2, warmup_steps=0))
+    after, metrics = jax.jit(step)(state, {"network": teacher}, {"pairs": pairs})
 
     def keyed(role):
         return role_key(state.key, 0, role)
@@ -189,18 +188,20 @@ def test_fake_score_trains_on_the_generator_before_its_update():
             {"x0": aux["x"], "cond": cond},
             denoise=small.denoise,
         )
-        expected_generator = apply_gradients(state.generator, grads, optimizer)
-        expected_fake = apply_gradients(state.fake_score, fake_grads, optimizer)
+        expected_generator = apply_gradients(state.players["generator"], grads, optimizer)
+        expected_fake = apply_gradients(state.players["fake_score"], fake_grads, optimizer)
         return expected_generator, expected_fake, aux
 
     expected_generator, expected_fake, aux = jax.device_get(by_hand())
     # Adam's first update is g / |g|, so a rounding near zero would show in full: the moments are
     # compared instead of the parameters.
-    assert_same(moments(after.generator), moments(expected_generator))
-    assert_same(moments(after.fake_score), moments(expected_fake))
-    np.testing.assert_allclose(metrics["loss_matching"], aux["metrics"]["loss_matching"], rtol=1e-5)
-    expected_ema = update_ema(generator, after.generator.params, jnp.int32(0), 0.9)
-    assert_same(after.ema, jax.device_get(expected_ema))
+    assert_same(moments(after.players["generator"]), moments(expected_generator))
+    assert_same(moments(after.players["fake_score"]), moments(expected_fake))
+    loss = metrics["generator"]["loss_matching"]
+    np.testing.assert_allclose(loss, aux["metrics"]["loss_matching"], rtol=1e-5)
+    trained = after.players["generator"]
+    expected_ema = update_ema(generator, trained.params, jnp.int32(0), 0.9)
+    assert_same(trained.ema, jax.device_get(expected_ema))
     assert int(after.step) == 1
 
 
@@ -221,13 +222,14 @@ def test_reference_latents_in_the_matching_loss_on_any_mesh_in_any_parts():
     pairs = 12
 
     def batch(k):
-        rows = small.pairs_batch(k, pairs)
-        return rows | {"fresh_label": small.pairs_batch(100 + k, pairs)["label"]}
+        fresh = {"label": small.pairs_batch(100 + k, pairs)["label"]}
+        return pairs_of(k, pairs) | {"prompts": fresh}
 
     options = dict(
         batch_size=2 * pairs,
+        regression_batch_size=pairs,
         match_reference=True,
-        condition=lambda teacher_params, batch: (batch["fresh_label"], batch["label"]),
+        teacher=small.teacher()._replace(draw_tokens=None),
     )
     mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
     state, history, _ = run(make_step(**options), mesh, 3, batch)
@@ -241,7 +243,7 @@ def test_reference_latents_in_the_matching_loss_on_any_mesh_in_any_parts():
     assert_same(found, jax.device_get(state))
 
     # The first step's regression by hand: the pairs' samples against their images.
-    rows, teacher = batch(0), small.init(jax.random.key(0))
+    rows, teacher = batch(0)["pairs"], small.init(jax.random.key(0))
     x_ref = NETWORKS.generate(teacher, rows["z_ref"], rows["label"])
     expected = np.mean((np.asarray(x_ref) - rows["y_ref"]) ** 2)
     np.testing.assert_allclose(history[0]["loss_regression"], expected, rtol=1e-5)
@@ -253,19 +255,20 @@ def test_generator_updates_on_each_second_step():
     for steps in (1, 2, 3):
         state, history, _ = run(make_step(generator_every=2), mesh, steps)
         states.append((jax.device_get(state), history))
-    (first, _), (second, history), (third, _) = states
-    for a, b in zip(jax.tree.leaves(first.generator), jax.tree.leaves(second.generator)):
+    players = [state.players for state, _ in states]
+    generators, fakes = ([each[name] for each in players] for name in ("generator", "fake_score"))
+    for a, b in zip(jax.tree.leaves(generators[0]), jax.tree.leaves(generators[1]), strict=True):
         np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(first.ema["label"], second.ema["label"])
-    assert np.any(second.fake_score.params["label"] != first.fake_score.params["label"])
-    assert history[1]["loss_generator"] == 0 and history[1]["loss_fake_score"] > 0
-    assert np.any(third.generator.params["label"] != second.generator.params["label"])
-    assert int(third.generator.opt_state[1][0].count) == 2
+    assert np.any(fakes[1].params["label"] != fakes[0].params["label"])
+    second = states[1][1][1]
+    assert second["loss_generator"] == 0 and second["loss_fake_score"] > 0
+    assert np.any(generators[2].params["label"] != generators[1].params["label"])
+    assert int(generators[2].opt_state[1][0].count) == 2
 
 
 def test_every_step_draws_anew_and_a_seed_repeats():
     mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
-    same = lambda k: small.pairs_batch(0, BATCH)  # noqa: E731
+    same = lambda k: pairs_of(0)  # noqa: E731
     _, first, _ = run(make_step(), mesh, 3, batch=same)
     _, second, _ = run(make_step(), mesh, 3, batch=same)
     assert [m["loss_fake_score"] for m in first] == [m["loss_fake_score"] for m in second]

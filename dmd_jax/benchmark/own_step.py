@@ -22,7 +22,7 @@ class OwnStep:
 
     Attributes:
       images: of a step. flops: that its model needs, without what is computed again for memory.
-      params: from `prepare` on, the teacher's and the perceptual parameters, which the step takes.
+      frozen: from `prepare` on, the parameters that the step only reads.
       batch: what it takes besides. state: the TrainState, replaced by each step.
 
     Raises:
@@ -41,12 +41,12 @@ class OwnStep:
         self._compiled = lowered.compile()
         self._facts = {"compile_seconds": time.perf_counter() - began}
         self._facts["state_bytes"] = bytes_a_device(program.state)
-        self.params, self.batch = self._inputs(lambda abstract: abstract)
+        self.frozen, self.batch = self._inputs(lambda abstract: abstract)
         initialize = jax.jit(program.initialize, out_shardings=shardings_of(program.state))
-        self.state = initialize(self.params[0])
+        self.state = initialize(self.frozen)
 
     def on_host(self) -> tuple[Any, Any]:
-        """`params` and `batch` once more, in NumPy, which takes none of the devices' memory.
+        """`frozen` and `batch` once more, in NumPy, which takes none of the devices' memory.
 
         Raises:
           UserError: see in_host_memory.
@@ -54,13 +54,14 @@ class OwnStep:
         return jax.device_get(self._inputs(in_host_memory))
 
     def _inputs(self, placed: Callable[[Any], Any]) -> tuple[Any, Any]:
-        _, *frozen, batch = map(placed, self._program.arguments(self._config))
-        return tuple(map(random_weights, frozen)), random_batch(batch, _limits(self._config))
+        _, frozen, batch = map(placed, self._program.arguments(self._config))
+        return random_weights(frozen), random_batch(batch, _limits(self._config))
 
     def __call__(self) -> dict[str, jax.Array]:
         """One step; returns its metrics, ready."""
-        self.state, metrics = self._compiled(self.state, *self.params, self.batch)
-        return jax.block_until_ready(metrics)
+        self.state, metrics = self._compiled(self.state, self.frozen, self.batch)
+        of_all = {name: value for found in metrics.values() for name, value in found.items()}
+        return jax.block_until_ready(of_all)
 
     def facts(self) -> dict[str, Any]:
         """What is known of it besides its speed, JSON-able. It makes two steps.
@@ -77,7 +78,7 @@ class OwnStep:
 
     def release(self) -> None:
         """Frees the devices' memory."""
-        delete((self.state, self.params, self.batch))
+        delete((self.state, self.frozen, self.batch))
 
 
 def memory_facts(compiled: Any) -> dict[str, Any]:
@@ -115,4 +116,4 @@ def _limits(config: ConfigDict) -> dict[str, int]:
     if not config.text.text_encoder:
         return {"label": max(network["label_dim"], 1)}
     vocabulary = complete(config.text.text_encoder.to_dict())["vocab_size"]
-    return {"tokens": vocabulary, "fresh_tokens": vocabulary}
+    return {"tokens": vocabulary}

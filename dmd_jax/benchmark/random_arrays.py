@@ -53,19 +53,21 @@ def random_weights(abstract: Any) -> Any:
     return jax.tree_util.tree_map_with_path(make, abstract)
 
 
-def random_batch(abstract: Mapping[str, Any], limits: Mapping[str, int]) -> dict[str, jax.Array]:
+def random_batch(abstract: Any, limits: Mapping[str, int]) -> Any:
     """A random batch on its devices; floats have a standard deviation of one.
 
     Args:
-      abstract: ShapeDtypeStructs with shardings by name.
-      limits: of the integers by the same names: they are drawn below it.
+      abstract: nested dicts of ShapeDtypeStructs with shardings.
+      limits: of integers by the last of their names: they are drawn below it.
     """
-    return {
-        name: _floats(leaf)(_seed(name), 1.0)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-        else _integers(leaf)(_seed(name), limits[name])
-        for name, leaf in abstract.items()
-    }
+
+    def make(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return _floats(leaf)(_seed(name), 1.0)
+        return _integers(leaf)(_seed(name), limits[path[-1].key])
+
+    return jax.tree_util.tree_map_with_path(make, abstract)
 
 
 def _seed(name: str) -> np.uint32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,22 +53,20 @@ class Distance(nn.Module):
     """The regression's distance of samples, (x, y) -> [B]: LPIPS of images, or L2.
 
     Args:
-      perceptual: the parameters that our step takes, host arrays; None for L2.
+      params: the frozen parameters of our step, host arrays; L2 where LPIPS is not among them.
     """
 
-    def __init__(self, config: ConfigDict, perceptual: Any, device: torch.device):
+    def __init__(self, config: ConfigDict, params: Mapping[str, Any], device: torch.device):
         super().__init__()
         self.lpips = self.decoder = None
-        of_latents = perceptual is not None and "decoders" in perceptual
-        params = perceptual.get("lpips") if of_latents else perceptual
-        if params is None:
+        if "lpips" not in params:
             return
         options = dict(pooling=config.lpips.pooling, resolution=config.lpips.resolution or None)
-        self.lpips = frozen(load_params(LPIPS(**options), params), device)
-        if of_latents:
+        self.lpips = frozen(load_params(LPIPS(**options), params["lpips"]), device)
+        if "decoders" in params:
             name = config.text.decoder
             decoder = build_torch(config.text[name].to_dict())
-            self.decoder = frozen(load_params(decoder, perceptual["decoders"][name]), device)
+            self.decoder = frozen(load_params(decoder, params["decoders"][name]), device)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.lpips is None:

@@ -28,7 +28,7 @@ def step_peer(config: ConfigDict, own: OwnStep) -> Callable[[bool], Rival]:
 
     def make(compiled: bool) -> Rival:
         params, batch = own.on_host()
-        step = TorchStep(config, *params, device=device, compiled=compiled)
+        step = TorchStep(config, params, device=device, compiled=compiled)
         rows = step.to_device(batch)
         return _rival([lambda: step(rows)], device)
 

@@ -30,7 +30,7 @@ from dmd_jax.benchmark.torch_networks import (
 )
 from dmd_jax.models import build_denoiser, complete
 
-Batch = dict[str, Tensor]
+Batch = dict[str, dict[str, Tensor]]
 
 
 class Draws(NamedTuple):
@@ -49,7 +49,7 @@ class TorchStep:
     checkpointing where config.remat asks for it, fused AdamW, no gradient for what is frozen.
 
     Args:
-      teacher, perceptual: the parameters that our step takes, as host arrays.
+      params: the frozen parameters of our step, as host arrays.
       compiled: the networks and the distance go through torch.compile.
 
     Attributes:
@@ -62,8 +62,7 @@ class TorchStep:
     def __init__(
         self,
         config: ConfigDict,
-        teacher: Any,
-        perceptual: Any,
+        params: Mapping[str, Any],
         *,
         device: torch.device,
         compiled: bool = False,
@@ -71,9 +70,7 @@ class TorchStep:
         self._config, self._device, self._step = config, device, 0
         network = complete(config.network.to_dict())
         ours = build_denoiser(network)
-        is_text = ours.cond_shape is not None
-        params = teacher["network"] if is_text else teacher
-        denoiser = load_params(Denoiser(network), {"network": params})
+        denoiser = load_params(Denoiser(network), {"network": params["network"]})
         self._schedule, self._num_classes = Schedule(ours.schedule, device), ours.num_classes
         self._shape = (ours.sample_shape[2], *ours.sample_shape[:2])
         denoiser = denoiser.to(device, memory_format=torch.channels_last)
@@ -93,27 +90,30 @@ class TorchStep:
             for name, optimizer in self.optimizers.items()
         }
         self._uncond = self._encoder = None
-        if is_text:
-            self._uncond = torch.tensor(teacher["uncond"], device=device)
-        if is_text and "text_encoder" in teacher:
+        if "null" in params:
+            self._uncond = torch.tensor(params["null"], device=device)
+        if "text_encoder" in params:
             encoder = build_torch(config.text.text_encoder.to_dict())
-            self._encoder = frozen(load_params(encoder, teacher["text_encoder"]), device)
+            self._encoder = frozen(load_params(encoder, params["text_encoder"]), device)
         self._call: dict[str, Any] = {
             **self.trained,
             "teacher": frozen(denoiser, device),
-            "distance": Distance(config, perceptual, device),
+            "distance": Distance(config, params, device),
         }
         if compiled:
             for name, module in self._call.items():
                 self._call[name] = torch.compile(module, dynamic=False)
 
-    def to_device(self, batch: Mapping[str, Any]) -> Batch:
+    def to_device(self, batch: Mapping[str, Mapping[str, Any]]) -> Batch:
         """A batch of ours, host arrays, as `__call__` takes it."""
         return {
-            name: to_nchw(array, self._device)
-            if name in ("z_ref", "y_ref")
-            else _indices(torch.tensor(array, device=self._device))
-            for name, array in batch.items()
+            source: {
+                name: to_nchw(array, self._device)
+                if name in ("z_ref", "y_ref")
+                else _indices(torch.tensor(array, device=self._device))
+                for name, array in rows.items()
+            }
+            for source, rows in batch.items()
         }
 
     def draw(self) -> Draws:
@@ -163,26 +163,27 @@ class TorchStep:
 
     def _whole(self, batch: Batch, draws: Draws) -> dict[str, Any]:
         """What the whole step sees, from which micro-batches take their rows."""
-        cond, cond_ref = draws.label, batch.get("label") if self._num_classes else None
+        pairs = batch["pairs"]
+        cond, cond_ref = draws.label, pairs.get("label")
         if self._encoder is not None:
             with torch.no_grad(), autocast(self._config, self._device):
                 cond, cond_ref = (
-                    self._encoder(batch[name]).last_hidden_state.float()
-                    for name in ("fresh_tokens", "tokens")
+                    self._encoder(batch[source]["tokens"]).last_hidden_state.float()
+                    for source in ("prompts", "pairs")
                 )
         elif self._uncond is not None:
-            cond, cond_ref = batch["fresh_context"], batch["context"]
+            cond, cond_ref = batch["prompts"]["cond"], pairs["cond"]
         found = {
             "z": draws.z,
             "cond": cond,
-            "y_ref": batch["y_ref"],
+            "y_ref": pairs["y_ref"],
             "matching": draws.matching,
             "fake": draws.fake,
         }
         if not self._config.match_reference:
-            return found | {"z_ref": batch["z_ref"], "cond_ref": cond_ref}
+            return found | {"z_ref": pairs["z_ref"], "cond_ref": cond_ref}
         joined = None if cond is None else _join_pairs(cond, cond_ref)
-        return found | {"z": _join_pairs(draws.z, batch["z_ref"]), "cond": joined}
+        return found | {"z": _join_pairs(draws.z, pairs["z_ref"]), "cond": joined}
 
     def _gradients(self, part: dict[str, Any], update: bool) -> dict[str, Tensor]:
         """Adds a micro-batch's share to both networks' gradients; returns its losses."""
@@ -286,12 +287,12 @@ def _groups(tree: Any, groups: int, chosen: slice) -> Any:
 
 
 def _join_pairs(fresh: Tensor, pairs: Tensor) -> Tensor:
-    """As objective.join_pairs."""
+    """As matching.join_pairs."""
     groups = math.gcd(len(fresh), len(pairs))
     return torch.cat([rows.unflatten(0, (groups, -1)) for rows in (fresh, pairs)], 1).flatten(0, 1)
 
 
 def _take_pairs(x: Tensor, count: int) -> Tensor:
-    """As objective.take_pairs."""
+    """As matching.take_pairs."""
     groups = math.gcd(len(x), count)
     return x.unflatten(0, (groups, -1))[:, -(count // groups) :].flatten(0, 1)

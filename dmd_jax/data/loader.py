@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -24,6 +24,7 @@ def batches(
     shuffle: bool = True,
     start: int = 0,
     rows: Sequence[int] | None = None,
+    used: Callable[[int], bool] = lambda number: True,
 ) -> grain.DatasetIterator:
     """An endless iterator of batches, each a dict of NumPy arrays stacked along a first axis.
 
@@ -42,6 +43,8 @@ def batches(
       start: examples that were taken before, perhaps in batches of another size.
       rows: this process's, by their numbers in the global batch (`sharding.own_rows`); all of them
         by default.
+      used: whether anyone looks at batch k; of one that nobody does no record is read, and its
+        arrays are zeros.
 
     Raises UserError for an empty source, a negative seed, and a batch_size below 1. Errors of the
     source come out of next().
@@ -53,41 +56,25 @@ def batches(
     if len(source) == 0:
         raise UserError("the data set is empty, expected at least one example")
     rows = range(batch_size) if rows is None else rows
-    local = _LocalBatches(source, batch_size, start, [int(row) for row in rows], seed, shuffle)
+    order = EpochOrder(len(source), seed) if shuffle else None
+    local = _LocalBatches(source, batch_size, start, [int(row) for row in rows], order, used)
     return iter(grain.MapDataset.source(local).to_iter_dataset(_READ_OPTIONS))
 
 
-def together(first, /, **others) -> Together:
-    """Several endless iterators of batches as one, whose batches have the arrays of all.
-
-    Args:
-      first, others: as `batches` gives them. The arrays of `fresh=iterator` are named with
-        "fresh_" before their names, those of `first` keep theirs.
-
-    Returns:
-      An iterator with get_state() and set_state(); the state is JSON-able and holds those of all.
-    """
-    return Together({"": first} | others)
-
-
 class Together:
-    """What `together` gives."""
+    """Several endless iterators of batches as one, whose batches are {name: that one's batch}.
 
-    def __init__(self, iterators: dict[str, Any]):
+    get_state() and set_state() are those of all, by name. It may be of none.
+    """
+
+    def __init__(self, iterators: Mapping[str, grain.DatasetIterator]):
         self._iterators = iterators
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[dict[str, dict[str, np.ndarray]]]:
         return self
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        batch = {}
-        for prefix, iterator in self._iterators.items():
-            for name, array in next(iterator).items():
-                name = f"{prefix}_{name}" if prefix else name
-                if name in batch:
-                    raise UserError(f"two iterators of batches both give {name!r}")
-                batch[name] = array
-        return batch
+    def __next__(self) -> dict[str, dict[str, np.ndarray]]:
+        return {name: next(iterator) for name, iterator in self._iterators.items()}
 
     def get_state(self) -> dict[str, Any]:
         return {name: iterator.get_state() for name, iterator in self._iterators.items()}
@@ -124,16 +111,30 @@ class _LocalBatches:
     """Item k is these rows of the global batch k."""
 
     def __init__(
-        self, source, batch_size: int, start: int, rows: list[int], seed: int, shuffle: bool
+        self,
+        source,
+        batch_size: int,
+        start: int,
+        rows: list[int],
+        order: EpochOrder | None,
+        used: Callable[[int], bool],
     ):
         self._source = source
         self._batch_size, self._start, self._rows = batch_size, start, rows
-        self._order = EpochOrder(len(source), seed) if shuffle else None
+        self._order, self._used = order, used
+        self._unread: dict[str, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+        if not self._used(k):
+            if self._unread is None:
+                self._unread = {
+                    name: np.zeros((len(self._rows), *np.shape(value)), np.asarray(value).dtype)
+                    for name, value in self._source[0].items()
+                }
+            return self._unread
         first = k * self._batch_size + self._start
         records = [self._record(first + row) for row in self._rows]
         return {name: np.stack([record[name] for record in records]) for name in records[0]}

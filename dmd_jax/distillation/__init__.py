@@ -1,28 +1,40 @@
-"""A config's distillation: its setting, its state at the start, and its one step."""
+"""A config's distillation: its objective by stages, its parameters and its data."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import optax
-from jax.sharding import Mesh
+import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from dmd_jax import state
-from dmd_jax.distillation.labels import label_method, label_setting
-from dmd_jax.distillation.setting import Method, Setting
-from dmd_jax.distillation.text import text_method, text_setting
+from dmd_jax import losses, samplers, state
+from dmd_jax.config import stages_of
+from dmd_jax.data.pairs import PairSource
+from dmd_jax.data.pairs_metadata import TextPairsMetadata
+from dmd_jax.distillation.labels import label_parts
+from dmd_jax.distillation.setting import Method, Parts, Setting
+from dmd_jax.distillation.text import Text, load_text, null_condition, text_parts
+from dmd_jax.errors import UserError
 from dmd_jax.experiment import (
     computation_of,
+    distance_of,
     fake_weight_of,
     generator_steps_per_update,
-    loss_options,
+    lpips_of,
+    one_of,
 )
-from dmd_jax.models import build_denoiser
-from dmd_jax.train_step import Step, make_train_step
-from dmd_jax.weights import Weights, denoiser_of
+from dmd_jax.models import Denoiser, build_denoiser, guided
+from dmd_jax.models.lpips import lpips_template
+from dmd_jax.objectives import DMD, Networks, Objective, dmd
+from dmd_jax.schedules import NoiseSchedule
+from dmd_jax.teachers import Frozen, Teacher
+from dmd_jax.weights import Weights, denoiser_of, params_sha256
 
-Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
+# Columns of a picture: for images up to 64 pixels, and for larger ones.
+COLUMNS, LARGE_COLUMNS = 10, 4
 
 
 def method_of(config: ConfigDict) -> Method:
@@ -34,29 +46,63 @@ def method_of(config: ConfigDict) -> Method:
     denoiser = build_denoiser(
         config.network.to_dict(), remat=config.remat, **computation_of(config)
     )
-    return (label_method if denoiser.cond_shape is None else text_method)(config, denoiser)
+    return _method(config, denoiser, _parts(config, denoiser))
 
 
-def setting_of(config: ConfigDict, teacher: Weights) -> Setting:
+def setting_of(config: ConfigDict, weights: Weights) -> Setting:
     """The setting that fits the teacher's network.
 
     Raises:
       UserError: data or weights that the config names are not there or do not fit, or a value is
         impossible.
     """
-    denoiser = denoiser_of(teacher, remat=config.remat, **computation_of(config))
-    make = label_setting if denoiser.cond_shape is None else text_setting
-    return make(config, teacher, denoiser)
+    denoiser = denoiser_of(weights, remat=config.remat, **computation_of(config))
+    text = None
+    if denoiser.cond_shape is not None:
+        text, config = load_text(config)
+    parts = _parts(config, denoiser)
+    method = _method(config, denoiser, parts)
+    frozen: dict[str, Any] = {"network": weights.params}
+    sources: dict[str, Any] = {}
+    identity: dict[str, Any] = {"teacher_sha256": params_sha256(weights.params)}
+    needs = {name for _, stage in stages_of(config) for name in method.objective(stage).needs}
+    if "pairs" in needs:
+        sources["pairs"] = pairs = _open_pairs(config, denoiser, identity["teacher_sha256"], text)
+        identity |= pairs_identity(pairs)
+    if text is not None:
+        sources["prompts"] = text.prompts
+        identity |= text.identity()
+        frozen |= {
+            "null": null_condition(text, parts, config),
+            "text_encoder": text.encoder.params,
+            "decoders": {name: one.params for name, one in text.decoders.items()},
+        }
+    if "lpips" in method.frozen():
+        frozen["lpips"] = lpips_of(config)
+        identity["lpips_sha256"] = params_sha256(frozen["lpips"])
+    teacher = parts.teacher(config)
+    preview, count = _preview(teacher, frozen, sources)
+    return Setting(
+        method=method,
+        frozen=frozen,
+        sources=sources,
+        identity=identity,
+        network=weights.network,
+        class_names=weights.class_names,
+        description="one-step generator, distilled for {step} steps",
+        preview=preview,
+        preview_count=count,
+    )
 
 
-def optimizers_of(config: ConfigDict) -> Optimizers:
+def optimizers_of(config: ConfigDict) -> dict[str, state.Optimizer]:
     """The generator's and the fake score's.
 
     Raises:
       UserError: config.warmup_counts is unknown.
     """
-    return tuple(
-        state.adamw(
+    return {
+        name: state.adamw_optimizer(
             learning_rate=learning_rate,
             warmup_steps=config.warmup_steps,
             steps_per_update=steps_per_update,
@@ -65,50 +111,161 @@ def optimizers_of(config: ConfigDict) -> Optimizers:
             beta2=config.beta2,
             clip_norm=config.clip_norm,
         )
-        for learning_rate, steps_per_update in (
-            (config.learning_rate, generator_steps_per_update(config)),
-            (config.fake_score_learning_rate, 1),
+        for name, learning_rate, steps_per_update in (
+            ("generator", config.learning_rate, generator_steps_per_update(config)),
+            ("fake_score", config.fake_score_learning_rate, 1),
         )
+    }
+
+
+def dmd_settings(config: ConfigDict, schedule: NoiseSchedule) -> DMD:
+    """The settings of a config, or of one stage of it.
+
+    Raises:
+      UserError: a value of the method that is unknown or out of range.
+    """
+    one_of(config, "weighting", losses.WEIGHTINGS)
+    if not 0 <= config.min_index <= config.max_index < schedule.num_levels:
+        raise UserError(
+            f"config.min_index={config.min_index} and config.max_index={config.max_index}; "
+            f"expected 0 <= min_index <= max_index < {schedule.num_levels}"
+        )
+    own = [name for name in DMD._fields if name in config]
+    return DMD(**{name: config[name] for name in own})
+
+
+def _parts(config: ConfigDict, denoiser: Denoiser) -> Parts:
+    return (label_parts if denoiser.cond_shape is None else text_parts)(config, denoiser)
+
+
+def _method(config: ConfigDict, denoiser: Denoiser, parts: Parts) -> Method:
+    teacher = parts.teacher(config)
+    latents = jax.ShapeDtypeStruct((1, *teacher.sample_shape), jnp.float32)
+    ahead = teacher.draw_tokens is None and config.text.encode == "ahead"
+    judge = distance_of(config, _image_shape(parts, latents, config))
+
+    def frozen() -> dict[str, Any]:
+        judges = {} if judge is None else {"lpips": lpips_template()}
+        return dict(parts.frozen()) | judges
+
+    def distance(teacher: Teacher, frozen: Frozen, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The distance of what two samples look like."""
+        images = (teacher.decode(frozen, samples) for samples in (x, y))
+        return judge(frozen["lpips"], *images)
+
+    copy = lambda frozen, key: frozen["network"]  # noqa: E731
+    optimizers, weight = optimizers_of(config), fake_weight_of(config)
+
+    def objective(stage: ConfigDict) -> Objective:
+        own = parts.teacher(stage)
+        return dmd(
+            dmd_settings(stage, teacher.schedule),
+            own,
+            networks_of(stage, own),
+            init={"generator": copy, "fake_score": copy},
+            optimizers=optimizers,
+            distance=None if judge is None else functools.partial(distance, own),
+            fake_weight=weight,
+            preview_key=preview_key(config),
+        )
+
+    def encode_ahead(params: Any, batch: Any) -> Any:
+        """Each source's tokens as the condition that they encode."""
+        return {
+            source: {name: leaf for name, leaf in rows.items() if name not in teacher.tokens}
+            | {"cond": teacher.encode(params, rows)}
+            for source, rows in batch.items()
+        }
+
+    return Method(objective, frozen, encode_ahead if ahead else None)
+
+
+def _image_shape(
+    parts: Parts, latents: jax.ShapeDtypeStruct, config: ConfigDict
+) -> tuple[int, ...]:
+    """Of one image, (H, W, C)."""
+    return jax.eval_shape(parts.teacher(config).decode, parts.frozen(), latents).shape[1:]
+
+
+def networks_of(config: ConfigDict, teacher: Teacher) -> Networks:
+    """All three roles are the teacher's network; the teacher alone is guided."""
+    guide = guided(teacher.denoise, config.guidance, at_once=config.guidance_at_once)
+
+    def real_score(frozen: Frozen, x_t: jax.Array, level: Any, cond: Any) -> jax.Array:
+        return guide(frozen["network"], x_t, level, (cond, teacher.null(frozen)))
+
+    return Networks(
+        generate=functools.partial(samplers.one_step, teacher.denoise, schedule=teacher.schedule),
+        teacher=real_score,
+        fake_score=teacher.denoise,
     )
 
 
-def initial_state(
-    config: ConfigDict, method: Method, optimizers: Optimizers, teacher_params: Any
-) -> state.TrainState:
-    """Both networks as the teacher's copy."""
-    params = method.network_params(teacher_params)
-    return state.train_state(
-        params,
-        params,
-        optimizer=optimizers[0],
-        fake_optimizer=optimizers[1],
-        use_ema=config.ema_decay > 0,
-        seed=config.seed,
-    )
+def preview_key(config: ConfigDict) -> jax.Array:
+    """Of the latents of pictures, which are the same throughout a run."""
+    return state.role_key(state.key_data(config.seed), 0, state.Role.PREVIEW)
 
 
-def train_step_of(config: ConfigDict, method: Method, optimizers: Optimizers, mesh: Mesh) -> Step:
-    """The step that a config, or one stage of it, asks for."""
-    return make_train_step(
-        method.networks,
-        schedule=method.schedule,
-        optimizer=optimizers[0],
-        fake_optimizer=optimizers[1],
-        learning_rate=state.warmup(
-            config.learning_rate, config.warmup_steps, generator_steps_per_update(config)
-        ),
-        batch_size=config.batch_size,
-        sample_shape=method.sample_shape,
-        num_classes=method.num_classes,
-        condition=method.condition,
-        match_reference=config.match_reference,
-        min_index=config.min_index,
-        max_index=config.max_index,
-        fake_weight=fake_weight_of(config),
-        generator_every=config.generator_every,
-        accumulation=config.accumulation,
-        ema_decay=config.ema_decay,
-        perceptual=method.distance(config),
-        mesh=mesh,
-        loss_options=loss_options(config, method.schedule),
+def _preview(
+    teacher: Teacher, frozen: Frozen, sources: dict[str, Any]
+) -> tuple[dict[str, dict[str, np.ndarray]], int]:
+    """The batch of pictures, the first rows of each source; and how many."""
+    latents = jax.ShapeDtypeStruct((1, *teacher.sample_shape), jnp.float32)
+    size = jax.eval_shape(teacher.decode, frozen, latents).shape[1]
+    count = min([COLUMNS if size <= 64 else LARGE_COLUMNS, *map(len, sources.values())])
+    if not sources:
+        tokens = teacher.draw_tokens(jax.random.key(0), count)
+        return {"prompts": jax.device_get(dict(tokens))}, count
+    first = {name: [source[index] for index in range(count)] for name, source in sources.items()}
+    return {
+        name: {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        for name, rows in first.items()
+    }, count
+
+
+def _open_pairs(
+    config: ConfigDict, denoiser: Denoiser, teacher_sha256: str, text: Text | None
+) -> PairSource:
+    """The pairs of config.pairs.folder, which are the teacher's.
+
+    Raises:
+      UserError: they are not there, not whole, of another kind or of another teacher.
+    """
+    if not config.pairs.folder:
+        raise UserError("config.pairs.folder is empty; expected the workdir of `dmd-jax pairs`")
+    pairs = PairSource(
+        config.pairs.folder,
+        sample_shape=denoiser.sample_shape,
+        num_classes=denoiser.num_classes,
+        token_length=None if text is None else text.tokenizer.max_length,
     )
+    if pairs.metadata.teacher_sha256 != teacher_sha256:
+        raise UserError(
+            f"pairs {config.pairs.folder} were made by another teacher "
+            f"({pairs.metadata.teacher}) than config.teacher.weights {config.teacher.weights}"
+        )
+    if text is None:
+        return pairs
+    for name, found, expected in (
+        ("guidance", pairs.metadata.guidance, config.guidance),
+        ("text_encoder_sha256", pairs.metadata.text_encoder_sha256, text.encoder_sha256),
+    ):
+        if found != expected:
+            raise UserError(
+                f"pairs {config.pairs.folder} were made with {name} {found}; expected {expected}, "
+                "that of the config and its teacher"
+            )
+    return pairs
+
+
+def pairs_identity(pairs: PairSource) -> dict[str, Any]:
+    """What identifies pairs in a checkpoint."""
+    identity = {
+        "pairs_seed": pairs.metadata.seed,
+        "pairs": len(pairs),
+        "pairs_steps": pairs.metadata.num_steps,
+        "pairs_sampler": pairs.metadata.sampler,
+    }
+    if isinstance(pairs.metadata, TextPairsMetadata):
+        identity["pairs_prompts_sha256"] = pairs.metadata.prompts_sha256
+    return identity

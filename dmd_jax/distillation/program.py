@@ -1,4 +1,4 @@
-"""The step of a distillation as one program on a mesh, and what it takes."""
+"""The step of a run as one program on a mesh, and what it takes."""
 
 from __future__ import annotations
 
@@ -11,71 +11,69 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmd_jax.config import stages_of
-from dmd_jax.distillation import (
-    Optimizers,
-    initial_state,
-    method_of,
-    optimizers_of,
-    train_step_of,
-)
-from dmd_jax.distillation.setting import Arguments, Method
-from dmd_jax.experiment import abstract_state, loss_options, shardings_of
+from dmd_jax.distillation import method_of
+from dmd_jax.distillation.setting import Method
+from dmd_jax.experiment import abstract_state, shardings_of
 from dmd_jax.flops import count_flops
 from dmd_jax.models.attention import at_once
 from dmd_jax.sharding import infer_shardings, make_mesh, on_rows, replicated, with_shardings
-from dmd_jax.train_step import Batch, Step, jit_step
+from dmd_jax.teachers import Frozen
+from dmd_jax.train_step import Step, initial_state, jit_step, make_train_step
+
+# Frozen parts that every device holds whole: they are small beside what they are asked for.
+WHOLE = ("decoders", "lpips")
 
 
 class Program(NamedTuple):
     """All that a run's steps have in common: shapes with shardings, before any array is made."""
 
-    initialize: Callable[[Any], Any]  # the teacher's parameters -> the state at the start
+    initialize: Callable[[Any], Any]  # the frozen parameters -> the state at the start
     state: Any
-    teacher: Any
-    perceptual: Any
+    frozen: Any
     step: Callable[[ConfigDict], Step]  # a stage's config -> its jitted step
-    batch: Callable[[ConfigDict], Batch]  # and the batch that it takes
+    batch: Callable[[ConfigDict], Any]  # and the batch that it takes
 
     def arguments(self, stage: ConfigDict) -> tuple[Any, ...]:
         """All that the stage's step takes."""
-        return self.state, self.teacher, self.perceptual, self.batch(stage)
+        return self.state, self.frozen, self.batch(stage)
 
 
-def program_of(
-    config: ConfigDict, method: Method, optimizers: Optimizers, mesh: Mesh, arguments: Arguments
-) -> Program:
+def program_of(config: ConfigDict, method: Method, mesh: Mesh, frozen: Frozen) -> Program:
     """The program that `train` runs, which the other commands compile and time.
 
     Args:
-      arguments: host arrays or ShapeDtypeStructs; only their shapes are used.
+      frozen: all frozen parameters, host arrays or ShapeDtypeStructs; only their shapes are used.
 
     Returns:
       A Program whose trees are ShapeDtypeStructs with shardings.
     """
-    teacher = with_shardings(arguments.teacher, infer_shardings(arguments.teacher, mesh))
-    perceptual = with_shardings(
-        arguments.perceptual, jax.tree.map(lambda _: replicated(mesh), arguments.perceptual)
-    )
-    initialize = functools.partial(initial_state, config, method, optimizers)
-    state = abstract_state(initialize, mesh, teacher)
+    frozen, before = method.split(frozen)
+    shardings = {
+        name: jax.tree.map(lambda _: replicated(mesh), part)
+        if name in WHOLE
+        else infer_shardings(part, mesh)
+        for name, part in frozen.items()
+    }
+    frozen = with_shardings(frozen, shardings)
+    initialize = functools.partial(initial_state, method.objective(config), seed=config.seed)
+    state = abstract_state(initialize, mesh, frozen)
 
     def step(stage: ConfigDict) -> Step:
         return jit_step(
-            train_step_of(stage, method, optimizers, mesh),
+            make_train_step(method.objective(stage), accumulation=stage.accumulation, mesh=mesh),
             mesh,
             shardings_of(state),
-            shardings_of(teacher),
-            shardings_of(perceptual),
+            shardings_of(frozen),
             shardings_of(batch(stage)),
         )
 
-    def batch(stage: ConfigDict) -> Batch:
+    def batch(stage: ConfigDict) -> Any:
         whole = method.batch(stage)
         if method.ahead is not None:
-            whole = jax.eval_shape(method.ahead, arguments.ahead, whole)
+            whole = jax.eval_shape(method.ahead, before, whole)
         return on_rows(whole, mesh)
 
-    return Program(initialize, state, teacher, perceptual, step, batch)
+    return Program(initialize, state, frozen, step, batch)
 
 
 def abstract_program(config: ConfigDict, mesh: Mesh) -> Program:
@@ -86,8 +84,8 @@ def abstract_program(config: ConfigDict, mesh: Mesh) -> Program:
     """
     method = method_of(config)
     for _, stage in stages_of(config):
-        loss_options(stage, method.schedule)
-    return program_of(config, method, optimizers_of(config), mesh, method.arguments())
+        method.objective(stage)
+    return program_of(config, method, mesh, method.frozen())
 
 
 def model_flops(stage: ConfigDict) -> int:

@@ -1,119 +1,99 @@
-"""What a distillation works with: the three roles, their data, and how its samples are seen."""
+"""What a run works with: its objective by stages, the frozen parameters, and the data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmd_jax.data.loader import batches
-from dmd_jax.data.pairs import PairSource
-from dmd_jax.data.pairs_metadata import TextPairsMetadata
-from dmd_jax.errors import UserError
-from dmd_jax.objective import Networks
-from dmd_jax.schedules import NoiseSchedule
+from dmd_jax.data.loader import Together, batches
+from dmd_jax.data.sources import ClassNames
+from dmd_jax.objectives import Need, Objective
 from dmd_jax.sharding import own_rows
-from dmd_jax.train_step import Batch
-from dmd_jax.types import Params
-from dmd_jax.weights import Weights, params_sha256
+from dmd_jax.teachers import Frozen, Teacher
 
-Distance = Callable[[Any, jax.Array, jax.Array], jax.Array]
+# Frozen parts that encode a batch, be it in the step or before it.
+AHEAD = ("text_encoder",)
 # The stages before one: how many steps each had, and its config.
 Earlier = Sequence[tuple[int, ConfigDict]]
 
 
-class Arguments(NamedTuple):
-    """What a step takes beside the state and the batch: host arrays, or ShapeDtypeStructs."""
+class Parts(NamedTuple):
+    """A family's functions and shapes for a config."""
 
-    teacher: Any  # the step's second argument
-    perceptual: Any  # its third
-    ahead: Params | None  # of Method.ahead
+    teacher: Callable[[ConfigDict], Teacher]  # a stage's config -> its teacher
+    frozen: Callable[[], Frozen]  # as ShapeDtypeStructs
 
 
 class Method(NamedTuple):
-    """The functions of a distillation, be its condition a label or a text."""
+    """The functions and shapes of a run, from its config alone."""
 
-    networks: Networks
-    schedule: NoiseSchedule
-    sample_shape: tuple[int, ...]
-    num_classes: int
-    network_params: Callable[[Any], Params]  # the network's own among the teacher's
-    condition: Callable[[Any, Batch], tuple[Any, Any]] | None  # of make_train_step
-    # What each batch goes through before the step: (params, batch) -> batch.
-    ahead: Callable[[Params, Batch], Batch] | None
-    # A stage's config -> the regression's distance, a function of perceptual; None is L2.
-    distance: Callable[[ConfigDict], Distance | None]
-    # (perceptual, samples) -> images [N, H, W, C] to look at
-    show: Callable[[Any, jax.Array], jax.Array]
+    objective: Callable[[ConfigDict], Objective]  # a stage's config -> its objective
     # As ShapeDtypeStructs; a full-size network takes seconds to trace, and training needs none.
-    arguments: Callable[[], Arguments]
-    # A stage's config -> the whole batch that `ahead` and the step take, as ShapeDtypeStructs.
-    batch: Callable[[ConfigDict], Batch]
+    frozen: Callable[[], Frozen]
+    # What each batch goes through before the step: (AHEAD of the frozen, batch) -> batch.
+    ahead: Callable[[Frozen, Any], Any] | None
+
+    def split(self, frozen: Frozen) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The frozen parts that the step takes, and those that `ahead` takes."""
+        before = {} if self.ahead is None else {name: frozen[name] for name in AHEAD}
+        return {name: part for name, part in frozen.items() if name not in before}, before
+
+    def batch(self, stage: ConfigDict) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """The whole batch of a stage, before `ahead`."""
+        return {name: dict(need.arrays) for name, need in self.objective(stage).needs.items()}
 
 
 class Setting(NamedTuple):
-    """A distillation with its weights and its data."""
+    """A run with its weights and its data."""
 
     method: Method
-    arguments: Arguments  # host arrays
-    pairs: PairSource
-    show_condition: Callable[[Batch], Any]  # that of pairs, for pictures
-    # The mesh, a stage's config and the stages before it -> this process's endless batches.
-    data: Callable[[Mesh, ConfigDict, Earlier], Iterator[Batch]]
+    frozen: Frozen  # host arrays
+    sources: Mapping[str, Any]  # by the names of the objective's needs: source[i] -> one row
     identity: dict[str, Any]  # what a resumed run must share
+    network: Mapping[str, Any]  # of the first player, for its weights
+    class_names: ClassNames
+    description: str  # of the weights, with "{step}" in it
+    preview: Mapping[str, Mapping[str, Any]]  # the batch of pictures
+    preview_count: int  # of images in each of their rows
 
 
-def open_pairs(config: ConfigDict, teacher: Weights, **expected: Any) -> PairSource:
-    """The pairs of config.pairs.folder, which are the teacher's.
+def data_of(
+    setting: Setting, mesh: Mesh, stage: ConfigDict, earlier: Earlier
+) -> Iterator[dict[str, Any]]:
+    """This process's rows of a stage's endless batches, from where earlier stages have come to."""
+    objective = setting.method.objective
+    done = sum(steps for steps, _ in earlier)
 
-    Args:
-      expected: of PairSource.
+    def of_source(name: str, need: Need):
+        def rows(needs: Mapping[str, Need]) -> int:
+            return len(next(iter(needs[name].arrays.values()))) if name in needs else 0
 
-    Raises:
-      UserError: they are not there, not whole, of another kind or of another teacher.
-    """
-    if not config.pairs.folder:
-        raise UserError("config.pairs.folder is empty; expected the workdir of `dmd-jax pairs`")
-    pairs = PairSource(config.pairs.folder, **expected)
-    if pairs.metadata.teacher_sha256 != params_sha256(teacher.params):
-        raise UserError(
-            f"pairs {config.pairs.folder} were made by another teacher "
-            f"({pairs.metadata.teacher}) than config.teacher.weights {config.teacher.weights}"
+        count = rows(objective(stage).needs)
+        return batches(
+            _Columns(setting.sources[name], need.arrays),
+            batch_size=count,
+            seed=stage.seed,
+            start=sum(steps * rows(objective(one).needs) for steps, one in earlier),
+            rows=own_rows(mesh, count),
+            used=lambda number: (done + number) % need.every == 0,
         )
-    return pairs
+
+    return Together({name: of_source(name, need) for name, need in objective(stage).needs.items()})
 
 
-def own_batches(
-    source, size: Callable[[ConfigDict], int], mesh: Mesh, config: ConfigDict, earlier: Earlier
-) -> Iterator[Batch]:
-    """This process's rows of endless batches, from where the stages before have come to.
+class _Columns:
+    """A source with these columns of it alone."""
 
-    Args:
-      size: a stage's config -> the rows of its global batch.
-    """
-    return batches(
-        source,
-        batch_size=size(config),
-        seed=config.seed,
-        start=sum(steps * size(stage) for steps, stage in earlier),
-        rows=own_rows(mesh, size(config)),
-    )
+    def __init__(self, source: Any, names: Mapping[str, Any]):
+        self._source, self._names = source, tuple(names)
 
+    def __len__(self) -> int:
+        return len(self._source)
 
-def identity_of(pairs: PairSource, lpips_params: Params | None) -> dict[str, Any]:
-    """What identifies the regression in a checkpoint."""
-    identity = {
-        "teacher_sha256": pairs.metadata.teacher_sha256,
-        "pairs_seed": pairs.metadata.seed,
-        "pairs": len(pairs),
-        "pairs_steps": pairs.metadata.num_steps,
-        "pairs_sampler": pairs.metadata.sampler,
-    }
-    if isinstance(pairs.metadata, TextPairsMetadata):
-        identity["pairs_prompts_sha256"] = pairs.metadata.prompts_sha256
-    if lpips_params is not None:
-        identity["lpips_sha256"] = params_sha256(lpips_params)
-    return identity
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._source[index]
+        return {name: row[name] for name in self._names}

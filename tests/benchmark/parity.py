@@ -9,10 +9,10 @@ from commands import ROOT, TINY
 from diffusers_folder import TAESD, TEXT, UNET
 from edm_pickle import drawn
 
-from dmd_jax import objective
 from dmd_jax.config import load_config
 from dmd_jax.convert.torch_layout import from_torch, to_torch, torch_key, torch_shape
-from dmd_jax.distillation import method_of
+from dmd_jax.models import build_denoiser
+from dmd_jax.objectives import draw
 from dmd_jax.state import Role, role_key
 
 SONGUNET = dict(
@@ -89,8 +89,8 @@ def draws_of(config, key, step: int):
 
     from dmd_jax.benchmark.torch_step import Draws
 
-    method = method_of(config)
-    shape, schedule = method.sample_shape, method.schedule
+    denoiser = build_denoiser(config.network.to_dict())
+    shape, schedule = denoiser.sample_shape, denoiser.schedule
     fresh = config.batch_size - config.match_reference * config.regression_batch_size
 
     def nchw(array):
@@ -98,14 +98,14 @@ def draws_of(config, key, step: int):
 
     def levels_and_noise(role, **ends):
         whole = (config.batch_size, *shape)
-        draws = objective.draw(role_key(key, step, role), whole, schedule=schedule, **ends)
+        draws = draw(role_key(key, step, role), whole, schedule=schedule, **ends)
         index = np.searchsorted(np.asarray(schedule.sigmas), np.asarray(draws.level.sigma))
         return torch.tensor(index), nchw(draws.noise)
 
     label = None
-    if method.num_classes:
+    if denoiser.num_classes:
         labels_key = role_key(key, step, Role.LABELS)
-        label = jax.random.randint(labels_key, (fresh,), 0, method.num_classes)
+        label = jax.random.randint(labels_key, (fresh,), 0, denoiser.num_classes)
         label = torch.tensor(np.asarray(label)).long()
     return Draws(
         z=nchw(jax.random.normal(role_key(key, step, Role.LATENTS), (fresh, *shape))),

@@ -19,7 +19,7 @@ def test_the_step_goes_on_from_its_own_state():
     assert int(own.state.step) == 3
     assert len(set(losses)) == 3
     own.release()
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((own.state, own.params, own.batch)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((own.state, own.frozen, own.batch)))
 
 
 def test_model_flops_are_of_the_predictions_and_their_gradients():

@@ -36,7 +36,7 @@ def both(monkeypatch):
         own = own_step.OwnStep(config, make_mesh(devices=jax.devices()[:1]))
         own.prepare()
         params, batch = own.on_host()
-        peer = TorchStep(config, *params, device=torch.device("cpu"))
+        peer = TorchStep(config, params, device=torch.device("cpu"))
         rows = peer.to_device(batch)
         key = jax.device_get(own.state.key)
         return own, peer, lambda step: peer(rows, draws_of(config, key, step))
@@ -64,7 +64,7 @@ def weights(peer, role):
 def check_step(own, peer, advance, step):
     """Both take a step; what they report and what they have then agree."""
     roles = ("generator", "fake_score")
-    before = {role: in_torch(getattr(own.state, role).params) for role in roles}
+    before = {role: in_torch(own.state.players[role].params) for role in roles}
     before_peer = {role: weights(peer, role) for role in roles}
     metrics, found = jax.device_get(own()), advance(step)
     for name, value in found.items():
@@ -74,7 +74,7 @@ def check_step(own, peer, advance, step):
     for role in roles:
         if f"grad_norm_{role}" not in found:
             continue
-        state = getattr(own.state, role)
+        state = own.state.players[role]
         (adam,) = (
             part for part in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(part)
         )
@@ -113,8 +113,9 @@ def test_step_of_images_with_labels(both):
         }
     )
     averages = {key: value.numpy() for key, value in peer.ema.network.named_parameters()}
-    assert distance(in_torch(own.state.ema), averages) < 1e-6
-    assert distance(in_torch(own.state.ema), in_torch(own.state.generator.params)) > 1e-5
+    generator = own.state.players["generator"]
+    assert distance(in_torch(generator.ema), averages) < 1e-6
+    assert distance(in_torch(generator.ema), in_torch(generator.params)) > 1e-5
 
 
 def test_the_generators_warmup_in_steps(both):
@@ -124,7 +125,7 @@ def test_the_generators_warmup_in_steps(both):
         metrics = jax.device_get(own())
         rates = {name: peer.optimizers[name].param_groups[0]["lr"] for name in peer.optimizers}
         advance(step)
-    assert metrics["learning_rate"] == pytest.approx(rates["generator"], rel=1e-6)
+    assert metrics["learning_rate_generator"] == pytest.approx(rates["generator"], rel=1e-6)
     assert rates["generator"] == rates["fake_score"] == pytest.approx(2 / 8 * 1e-4, rel=1e-12)
 
 

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from dmd_jax.data.loader import EpochOrder, batches, together
+from dmd_jax.data.loader import EpochOrder, Together, batches
 from dmd_jax.data.pairs import PairsMetadata, PairSource, write_pairs
 from dmd_jax.errors import UserError
 
@@ -142,26 +142,54 @@ def test_the_order_of_epochs_is_what_batches_follow():
 
 def open_two(process, processes, *, size=5):
     rows = lambda size: np.split(np.arange(size), processes)[process]  # noqa: E731
-    return together(
-        batches(Records(7), batch_size=4, seed=3, rows=rows(4)),
-        fresh=batches(Records(size), batch_size=8, seed=1, rows=rows(8)),
-    )
+    pairs = batches(Records(7), batch_size=4, seed=3, rows=rows(4))
+    fresh = batches(Records(size), batch_size=8, seed=1, rows=rows(8))
+    return Together({"pairs": pairs, "fresh": fresh})
 
 
 def test_two_iterators_together_are_both():
-    names = ["x0", "label", "fresh_x0", "fresh_label"]
     first, second = open_all(7, 4, 1)[0], batches(Records(5), batch_size=8, seed=1)
     for _, both in zip(range(6), open_two(0, 1)):
-        assert list(both) == names
-        for prefix, iterator in (("", first), ("fresh_", second)):
-            for name, array in next(iterator).items():
-                np.testing.assert_array_equal(both[prefix + name], array)
+        assert list(both) == ["pairs", "fresh"]
+        for name, iterator in (("pairs", first), ("fresh", second)):
+            expected = next(iterator)
+            assert both[name].keys() == expected.keys() == {"x0", "label"}
+            for key, array in expected.items():
+                np.testing.assert_array_equal(both[name][key], array)
+
+
+def test_no_iterator_gives_empty_batches():
+    nothing = Together({})
+    assert (next(nothing), nothing.get_state()) == ({}, {})
+
+
+def test_of_batches_that_are_not_used_no_record_is_read():
+    read = []
+
+    class Counted(Records):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    def take(used):
+        read.clear()
+        iterator = batches(Counted(100), batch_size=4, seed=3, used=used)
+        return [next(iterator) for _ in range(7)]
+
+    every, third = take(lambda number: True), take(lambda number: number % 3 == 0)
+    # Those of the seven and of what is read ahead, and the one that shows their shapes.
+    assert len(read) <= 1 + 4 * len(range(0, 7 + 8 + 4, 3))
+    for number, (all_read, some) in enumerate(zip(every, third, strict=True)):
+        for name, array in all_read.items():
+            expected = array if number % 3 == 0 else np.zeros_like(array)
+            np.testing.assert_array_equal(some[name], expected)
+            assert some[name].dtype == array.dtype
 
 
 def test_the_state_of_two_together_restores_both_on_any_number_of_processes():
     def take_two(iterator, count):
-        pairs = [next(iterator) for _ in range(count)]
-        return [(both["label"].tolist(), both["fresh_label"].tolist()) for both in pairs]
+        found = [next(iterator) for _ in range(count)]
+        return [tuple(rows["label"].tolist() for rows in both.values()) for both in found]
 
     whole = open_two(0, 1)
     take_two(whole, 3)
@@ -177,16 +205,6 @@ def test_the_state_of_two_together_restores_both_on_any_number_of_processes():
     assert [(a + c, b + d) for (a, b), (c, d) in zip(*parts)] == following
     whole.set_state(saved)
     assert take_two(whole, 5) == following
-
-
-def test_two_iterators_with_one_name_are_refused():
-    class Named(Records):
-        def __getitem__(self, index):
-            return {"label": np.int32(index), "fresh_label": np.int32(index)}
-
-    first, second = (batches(source, batch_size=2, seed=0) for source in (Named(3), Records(3)))
-    with pytest.raises(UserError, match="both give 'fresh_label'"):
-        next(together(first, fresh=second))
 
 
 def test_pairs_through_the_loader(tmp_path):

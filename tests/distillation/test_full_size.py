@@ -11,29 +11,29 @@ from commands import ROOT
 PROGRAM = """
 import json, math, jax
 from dmd_jax.config import load_config, shipped_config
-from dmd_jax.distillation import method_of, optimizers_of
+from dmd_jax.distillation import method_of
 from dmd_jax.distillation.program import program_of
 from dmd_jax.experiment import mesh_of
 
 config = load_config(str(shipped_config("sd15_laion625")), ["--config.mesh.fsdp=16"])
 method = method_of(config)
-program = program_of(config, method, optimizers_of(config), mesh_of(config), method.arguments())
-state, teacher, perceptual = program.state, program.teacher, program.perceptual
+program = program_of(config, method, mesh_of(config), method.frozen())
+state, frozen = program.state, dict(program.frozen)
 batch = program.batch(config)
-lowered = program.step(config).lower(state, teacher, perceptual, batch)
+lowered = program.step(config).lower(state, frozen, batch)
 after, metrics = lowered.out_info
 count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
 here = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 print(json.dumps({
-    "generator": count(state.generator.params),
-    "fake_score": count(state.fake_score.params),
-    "teacher": {name: count(part) for name, part in teacher.items()},
-    "decoders": {name: count(part) for name, part in perceptual["decoders"].items()},
+    "generator": count(state.players["generator"].params),
+    "fake_score": count(state.players["fake_score"].params),
+    "decoders": {name: count(part) for name, part in frozen.pop("decoders").items()},
+    "frozen": {name: count(part) for name, part in frozen.items()},
     "state_bytes_a_device": sum(map(here, jax.tree.leaves(state))),
     "same_state": jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
     == jax.tree.map(lambda _: True, state),
-    "metrics": sorted(metrics),
-    "batch": {name: leaf.shape for name, leaf in batch.items()},
+    "metrics": {name: sorted(found) for name, found in metrics.items()},
+    "batch": jax.tree.map(lambda leaf: list(leaf.shape), batch),
 }))
 """
 
@@ -52,11 +52,14 @@ def test_the_papers_step_lowers_on_sixteen_devices():
     found = json.loads(run.stdout.splitlines()[-1])
     # The published counts of v1.5's UNet and text encoder, and of TAESD.
     assert found["generator"] == found["fake_score"] == 859_520_964
-    assert found["teacher"] == {
+    lpips = found["frozen"].pop("lpips")
+    assert found["frozen"] == {
         "network": 859_520_964,
-        "uncond": 77 * 768,
+        "null": 77 * 768,
         "text_encoder": 123_060_480,
     }
+    # VGG16's 13 convolutions, and a weight for each channel of five of them.
+    assert lpips == 14_714_688 + 1472
     assert found["decoders"] == {"taesd": 2_445_063}
     # Six float32 copies: two networks, each with Adam's two moments. A sixteenth of them is
     # 1,289,281,446 bytes; vectors too small to split, and the counters, are whole on each device.
@@ -64,10 +67,13 @@ def test_the_papers_step_lowers_on_sixteen_devices():
     assert found["state_bytes_a_device"] == 1_291_607_164
     assert sixteenth < found["state_bytes_a_device"] < 1.002 * sixteenth
     assert found["same_state"]
-    assert {"loss_matching", "loss_regression", "loss_fake_score"} <= set(found["metrics"])
+    assert {"loss_matching", "loss_regression"} <= set(found["metrics"]["generator"])
+    assert "loss_fake_score" in found["metrics"]["fake_score"]
     assert found["batch"] == {
-        "z_ref": [1152, 64, 64, 4],
-        "y_ref": [1152, 64, 64, 4],
-        "tokens": [1152, 77],
-        "fresh_tokens": [1152, 77],
+        "pairs": {
+            "z_ref": [1152, 64, 64, 4],
+            "y_ref": [1152, 64, 64, 4],
+            "tokens": [1152, 77],
+        },
+        "prompts": {"tokens": [1152, 77]},
     }

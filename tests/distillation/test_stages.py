@@ -3,16 +3,19 @@
 import jax
 import numpy as np
 import pytest
+import small
 from commands import ROOT, succeeds
 
 from dmd_jax.checkpoints import Checkpoints
 from dmd_jax.config import default_config, stages_of
-from dmd_jax.distillation.setting import own_batches
+from dmd_jax.distillation.setting import Method, Setting, data_of
 from dmd_jax.errors import UserError
 from dmd_jax.metrics import read_metrics
+from dmd_jax.objectives.objective import need
 from dmd_jax.sharding import make_mesh
 from dmd_jax.weights import load_weights
 
+SCALAR = jax.ShapeDtypeStruct((), np.int32)
 STAGED = ROOT / "tests" / "configs" / "staged.py"
 
 
@@ -91,11 +94,17 @@ def test_a_stage_takes_up_the_data_where_the_one_before_left_it():
     config.regression_batch_size = 6
     config.stages = ({"until": 3, "regression_batch_size": 4},)
     (_, first), (_, second) = stages_of(config)
-    size = lambda stage: stage.regression_batch_size  # noqa: E731
-    taken = own_batches(Numbers(), size, make_mesh(2, 4), first, [])
-    rows = [next(taken)["number"] for _ in range(3)]
-    taken = own_batches(Numbers(), size, make_mesh(2, 4), second, [(3, first)])
-    rows += [next(taken)["number"] for _ in range(15)]
+
+    def objective(stage):
+        needs = {"numbers": need(stage.regression_batch_size, {"number": SCALAR})}
+        return small.objective(batch_size=8)._replace(needs=needs)
+
+    fields = dict.fromkeys(Setting._fields) | {"sources": {"numbers": Numbers()}}
+    setting = Setting(**fields | {"method": Method(objective, frozen=dict, ahead=None)})
+    taken = data_of(setting, make_mesh(2, 4), first, [])
+    rows = [next(taken)["numbers"]["number"] for _ in range(3)]
+    taken = data_of(setting, make_mesh(2, 4), second, [(3, first)])
+    rows += [next(taken)["numbers"]["number"] for _ in range(15)]
     numbers = np.concatenate(rows)
     # 12 and 90: two epochs, each with every record once, and two records of a third.
     assert sorted(numbers[:50]) == sorted(numbers[50:100]) == list(range(50))

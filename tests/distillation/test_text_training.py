@@ -15,15 +15,15 @@ from shard_labels import write_changed
 from dmd_jax.config import load_config, shipped_config
 from dmd_jax.data.pairs import PairSource
 from dmd_jax.data.pairs_metadata import read_metadata
-from dmd_jax.distillation import setting_of
-from dmd_jax.distillation.text import text_method
+from dmd_jax.distillation import networks_of, setting_of
+from dmd_jax.distillation.setting import data_of
 from dmd_jax.experiment import fake_weight_of, teacher_of
 from dmd_jax.losses import snr_weight
 from dmd_jax.metrics import read_metrics
 from dmd_jax.models import build_denoiser
 from dmd_jax.schedules import NoiseLevel
 from dmd_jax.sharding import make_mesh
-from dmd_jax.text_parts import load_decoder, load_text_encoder
+from dmd_jax.teachers import edm_teacher
 from dmd_jax.weights import load_weights
 
 PROMPTS = ("a red ball", "a green ball", "a cat on a mat", "A house by the sea, oil painting")
@@ -85,65 +85,72 @@ def setting(road):
     return config, setting_of(config, teacher_of(config))
 
 
+def batch_of(config, found):
+    return next(data_of(found, make_mesh(2, 4), config, []))
+
+
+def conditions(config, found, frozen, batch):
+    """What the step makes of the tokens of fresh latents and of pairs."""
+    keys = lambda role: jax.random.key(int(role))  # noqa: E731
+    stage = ConfigDict(config.to_dict() | {"match_reference": False, "batch_size": 4})
+    rows = found.method.objective(stage).rows(keys, frozen, batch)
+    return rows["cond"], rows["cond_ref"]
+
+
 def test_the_batches_hold_pairs_and_as_many_fresh_prompts_as_are_missing(setting):
     config, found = setting
-    batch = next(found.data(make_mesh(2, 4), config, []))
-    shapes = {name: leaf.shape for name, leaf in found.method.batch(config).items()}
-    assert {name: rows.shape for name, rows in batch.items()} == shapes
-    assert len(batch["fresh_tokens"]) == 4 and len(batch["tokens"]) == 4
+    batch = batch_of(config, found)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, found.method.batch(config))
+    assert jax.tree.map(np.shape, batch) == shapes
+    assert len(batch["prompts"]["tokens"]) == 4 and len(batch["pairs"]["tokens"]) == 4
     config.match_reference = False
-    assert len(next(found.data(make_mesh(2, 4), config, []))["fresh_tokens"]) == 8
+    assert len(batch_of(config, found)["prompts"]["tokens"]) == 8
     config.match_reference = True
 
 
 def test_text_encoded_ahead_is_the_condition_of_the_step(setting):
     config, in_step = setting
-    batch = next(in_step.data(make_mesh(2, 4), config, []))
+    batch = batch_of(config, in_step)
     other = ConfigDict(config.to_dict())
     other.text.encode = "ahead"
-    other.text.text_encoder = load_text_encoder(config.teacher.weights).network
-    other.text.taesd = load_decoder(config.teacher.weights, "taesd").network
-    denoiser = build_denoiser(config.network.to_dict())
-    ahead = text_method(other, denoiser)
-    teacher = in_step.arguments.teacher
-    expected = in_step.method.condition(teacher, batch)
-    encoded = ahead.ahead(teacher["text_encoder"], batch)
-    assert encoded.keys() == {"z_ref", "y_ref", "context", "fresh_context"}
-    found = ahead.condition({}, encoded)
-    for ours, theirs in zip(found, expected):
-        assert ours.shape == (4, *denoiser.cond_shape)
+    ahead = setting_of(other, teacher_of(other))
+    expected = conditions(config, in_step, in_step.frozen, batch)
+    frozen, before = ahead.method.split(ahead.frozen)
+    assert "text_encoder" not in frozen and list(before) == ["text_encoder"]
+    encoded = ahead.method.ahead(before, batch)
+    assert encoded["pairs"].keys() == {"z_ref", "y_ref", "cond"}
+    assert encoded["prompts"].keys() == {"cond"}
+    found = conditions(other, ahead, frozen, encoded)
+    cond_shape = build_denoiser(config.network.to_dict()).cond_shape
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == (4, *cond_shape)
         np.testing.assert_array_equal(ours, theirs)
-    assert "text_encoder" not in ahead.arguments().teacher
-    assert "text_encoder" in in_step.method.arguments().teacher
+    assert "text_encoder" in in_step.method.split(in_step.method.frozen())[0]
 
 
 def test_only_the_teacher_is_guided(setting):
     """Guidance 3 on the noise, by the empty prompt: written out on raw denoisers."""
     config, found = setting
-    denoiser, schedule = build_denoiser(config.network.to_dict()), found.method.schedule
-    teacher, (fresh, _) = (
-        found.arguments.teacher,
-        found.method.condition(
-            found.arguments.teacher, next(found.data(make_mesh(2, 4), config, []))
-        ),
-    )
+    denoiser, frozen = build_denoiser(config.network.to_dict()), found.frozen
+    teacher = edm_teacher(denoiser)._replace(null=lambda frozen: frozen["null"])
+    networks, schedule = networks_of(config, teacher), denoiser.schedule
+    fresh, _ = conditions(config, found, frozen, batch_of(config, found))
     x_t = jax.random.normal(jax.random.key(0), (4, *denoiser.sample_shape))
     level = schedule.level(jnp.array([20, 300, 700, 980]))
-    with_text = denoiser.denoise(teacher["network"], x_t, level, fresh)
-    uncond = jnp.broadcast_to(teacher["uncond"], fresh.shape)
-    without = denoiser.denoise(teacher["network"], x_t, level, uncond)
-    networks = found.method.networks
-    guided = networks.teacher(teacher, x_t, level, fresh)
+    with_text = denoiser.denoise(frozen["network"], x_t, level, fresh)
+    uncond = jnp.broadcast_to(frozen["null"], fresh.shape)
+    without = denoiser.denoise(frozen["network"], x_t, level, uncond)
+    guided = networks.teacher(frozen, x_t, level, fresh)
     expected = without + 3.0 * (with_text - without)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(guided, expected, rtol=0, atol=1e-5 * scale)
     assert np.abs(guided - with_text).max() > 1e-3 * scale
-    plain = networks.fake_score(teacher["network"], x_t, level, fresh)
+    plain = networks.fake_score(frozen["network"], x_t, level, fresh)
     np.testing.assert_array_equal(plain, with_text)
     # The generator is the network at t = 999 on z itself, without guidance.
     last = NoiseLevel(*(jnp.full(4, values[-1]) for values in schedule_fields(schedule)))
-    expected = denoiser.denoise(teacher["network"], x_t, last, fresh)
-    np.testing.assert_array_equal(networks.generate(teacher["network"], x_t, fresh), expected)
+    expected = denoiser.denoise(frozen["network"], x_t, last, fresh)
+    np.testing.assert_array_equal(networks.generate(frozen["network"], x_t, fresh), expected)
     assert float(last.time[0]) == 999
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from dmd_jax.convert.edm import network_from_init_kwargs, params_from_state_dict
 from dmd_jax.models import build_denoiser
-from dmd_jax.objective import Draws, Networks, fake_score_loss, generator_loss
+from dmd_jax.objectives import Draws, Networks, fake_score_loss, generator_loss
 from dmd_jax.schedules import NoiseSchedule
 
 TOLERANCE = 1e-4

@@ -1,4 +1,4 @@
-"""The generator's and the fake score's objectives, for any networks.
+"""The matching loss and the regression on pairs (arXiv 2311.18828) for any networks.
 
 Pure functions of (params, draws, batch): all that is random, the levels and the noise, comes in as
 `Draws`, so that a step can be split into micro-batches and compared with stored numbers.
@@ -15,9 +15,18 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax import losses, samplers
-from dmd_jax.errors import UserError
-from dmd_jax.schedules import NoiseLevel, NoiseSchedule, edm_level, forward_diffusion
+from dmd_jax.objectives.draws import Draws
+from dmd_jax.objectives.objective import check_batch
+from dmd_jax.schedules import NoiseSchedule, forward_diffusion
 from dmd_jax.types import Denoise, Generate, Params
+
+# What each key of a batch is, for an error.
+_MEANINGS = {
+    "z": "fresh latents [B, ...]",
+    "cond": "their conditions: None, or a tree of arrays [B, ...]",
+    "y_ref": "the teacher's images of the pairs [R, ...]",
+    "cond_ref": "the pairs' conditions: None, or a tree of arrays [R, ...]",
+}
 
 
 class Networks(NamedTuple):
@@ -26,13 +35,6 @@ class Networks(NamedTuple):
     generate: Generate
     teacher: Denoise
     fake_score: Denoise
-
-
-class Draws(NamedTuple):
-    """What is random in an objective: a noise level and a noise for each example."""
-
-    level: NoiseLevel  # arrays [B]
-    noise: jax.Array  # [B, ...]
 
 
 def one_architecture(denoise: Denoise, schedule: NoiseSchedule) -> Networks:
@@ -46,37 +48,6 @@ def one_architecture(denoise: Denoise, schedule: NoiseSchedule) -> Networks:
         teacher=denoise,
         fake_score=denoise,
     )
-
-
-def draw(
-    key: jax.Array,
-    shape: tuple[int, ...],
-    *,
-    schedule: NoiseSchedule,
-    min_index: int = 0,
-    max_index: int | None = None,
-) -> Draws:
-    """Levels uniform over the schedule's bins min_index..max_index, both included, and N(0, I).
-
-    The paper's bins of 1000 are 20..980 for the matching loss and all for the fake score.
-
-    Args:
-      key: a JAX random key. shape: of the images, [B, ...].
-    """
-    level_key, noise_key = jax.random.split(key)
-    stop = schedule.num_levels if max_index is None else max_index + 1
-    index = jax.random.randint(level_key, shape[:1], min_index, stop, jnp.int32)
-    return Draws(schedule.level(index), jax.random.normal(noise_key, shape, jnp.float32))
-
-
-def draw_lognormal(
-    key: jax.Array, shape: tuple[int, ...], *, mean: float = -1.2, std: float = 1.2
-) -> Draws:
-    """EDM's training levels, ln(sigma) ~ N(mean, std^2) (2206.00364, table 1), and N(0, I)."""
-    level_key, noise_key = jax.random.split(key)
-    log_sigma = mean + std * jax.random.normal(level_key, shape[:1], jnp.float32)
-    noise = jax.random.normal(noise_key, shape, jnp.float32)
-    return Draws(edm_level(jnp.exp(log_sigma)), noise)
 
 
 def join_pairs(fresh: jax.Array, pairs: jax.Array) -> jax.Array:
@@ -134,10 +105,11 @@ def generator_loss(
       (loss, aux). aux holds "x" [B, ...], the pre-update samples, for the fake score; "metrics", a
       dict of scalars; and "pictures", the images behind the loss.
     """
-    _check_batch(batch, ("z", "cond"), "the matching loss")
+    check_batch(batch, ("z", "cond"), "the matching loss", _MEANINGS)
     if regression_weight:
         needed = ("y_ref", "cond_ref") if "z_ref" in batch else ("y_ref",)
-        _check_batch(batch, needed, f"the regression, whose weight is {regression_weight:g}")
+        purpose = f"the regression, whose weight is {regression_weight:g}"
+        check_batch(batch, needed, purpose, _MEANINGS)
     x = networks.generate(params, batch["z"], batch["cond"])
     loss, metrics, pictures = jnp.zeros(()), {}, {"x": x}
     if matching_weight:
@@ -166,26 +138,6 @@ def generator_loss(
         pictures |= dict(x_ref=x_ref, y_ref=batch["y_ref"])
     metrics["loss_generator"] = loss
     return loss, {"x": jax.lax.stop_gradient(x), "metrics": metrics, "pictures": pictures}
-
-
-# What each key of a batch is, for an error.
-_MEANINGS = {
-    "z": "fresh latents [B, ...]",
-    "cond": "their conditions: None, or a tree of arrays [B, ...]",
-    "x0": "clean images [B, ...]",
-    "y_ref": "the teacher's images of the pairs [R, ...]",
-    "cond_ref": "the pairs' conditions: None, or a tree of arrays [R, ...]",
-}
-
-
-def _check_batch(batch: Mapping[str, Any], keys: tuple[str, ...], purpose: str) -> None:
-    """Raises a UserError that names the first key of these that the batch lacks."""
-    for key in keys:
-        if key not in batch:
-            held = ", ".join(map(repr, batch)) or "nothing"
-            raise UserError(
-                f"the batch has no {key!r} but {held}; expected {_MEANINGS[key]}, for {purpose}"
-            )
 
 
 def _matching_gradient(
@@ -228,31 +180,3 @@ def _matching_gradient(
         "gradient": gradient,
     }
     return gradient, metrics, pictures
-
-
-def fake_score_loss(
-    params: Params,
-    draws: Draws,
-    batch: Mapping[str, Any],
-    *,
-    denoise: Denoise,
-    weight: Callable[[NoiseLevel], jax.Array] = losses.edm_weight,
-) -> jax.Array:
-    """The denoising loss (Eq. 6): of the fake score on generator samples, of a teacher on images.
-
-    Args:
-      params: the denoiser's. draws: levels and noise, of the batch's size.
-      batch: "x0" [B, ...], which no gradient reaches, and "cond".
-      weight: level -> [B].
-
-    Returns:
-      The scalar mean over the batch.
-
-    Raises:
-      UserError: a key that `batch` lacks, by its name.
-    """
-    _check_batch(batch, ("x0", "cond"), "the denoising loss")
-    x0 = jax.lax.stop_gradient(batch["x0"])
-    x_t = forward_diffusion(x0, draws.noise, draws.level)
-    denoised = denoise(params, x_t, draws.level, batch["cond"])
-    return losses.denoising_loss(denoised, x0, weight=weight(draws.level)).mean()

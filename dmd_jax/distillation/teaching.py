@@ -1,0 +1,76 @@
+"""A config's training of a teacher on images: one player, and the denoising loss."""
+
+from __future__ import annotations
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dmd_jax.data.images import open_images
+from dmd_jax.distillation import preview_key
+from dmd_jax.distillation.setting import Method, Setting
+from dmd_jax.errors import UserError
+from dmd_jax.experiment import computation_of, fake_weight_of
+from dmd_jax.models import build_denoiser
+from dmd_jax.objectives import Denoising, Objective, denoising
+from dmd_jax.state import adamw_optimizer
+from dmd_jax.teachers import edm_teacher
+
+PREVIEW_COUNT = 40
+
+
+def teaching_of(config: ConfigDict) -> Setting:
+    """The setting of `dmd-jax teacher`.
+
+    Raises:
+      UserError: the images are not there or do not fit the network, or it is not one of EDM's.
+    """
+    denoiser = build_denoiser(config.network.to_dict(), **computation_of(config))
+    if denoiser.cond_shape is not None:
+        raise UserError(
+            f"config.network is {config.network.name}; expected a network of EDM's, which is what "
+            "this command trains"
+        )
+    images = open_images(config.images, resolution=denoiser.sample_shape[0])
+    if (images.sample_shape, images.num_classes) != (denoiser.sample_shape, denoiser.num_classes):
+        raise UserError(
+            f"config.images {config.images} has shape {images.sample_shape} and "
+            f"{images.num_classes} classes; config.network expects {denoiser.sample_shape} and "
+            f"{denoiser.num_classes}"
+        )
+    options = config.teacher
+    optimizer = adamw_optimizer(
+        learning_rate=options.learning_rate,
+        warmup_steps=options.warmup_steps,
+        weight_decay=options.weight_decay,
+        clip_norm=config.clip_norm,
+    )
+    settings = Denoising(
+        batch_size=options.batch_size,
+        p_mean=options.p_mean,
+        p_std=options.p_std,
+        ema_decay=options.ema_decay,
+        preview_steps=config.pairs.num_steps,
+    )
+
+    def objective(stage: ConfigDict) -> Objective:
+        return denoising(
+            settings,
+            edm_teacher(denoiser),
+            denoiser.init,
+            optimizer,
+            weight=fake_weight_of(config),
+            preview_key=preview_key(config),
+        )
+
+    labels = np.arange(PREVIEW_COUNT, dtype=np.int32) % max(denoiser.num_classes, 1)
+    return Setting(
+        method=Method(objective, frozen=dict, ahead=None),
+        frozen={},
+        sources={"images": images},
+        identity={"images": len(images)},
+        network=config.network.to_dict(),
+        class_names=images.class_names,
+        description=f"EDM teacher of {config.images}, EMA after {{step}} steps",
+        preview={"images": {"label": labels}},
+        preview_count=PREVIEW_COUNT,
+    )

@@ -1,0 +1,272 @@
+"""Distribution matching distillation (arXiv 2311.18828): Algorithm 1 as an Objective."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dmd_jax import losses
+from dmd_jax.objectives.denoising import fake_score_loss
+from dmd_jax.objectives.draws import Draws, draw
+from dmd_jax.objectives.matching import Networks, generator_loss, join_pairs
+from dmd_jax.objectives.objective import (
+    Batch,
+    Keys,
+    Need,
+    Objective,
+    Player,
+    Seen,
+    View,
+    need,
+)
+from dmd_jax.schedules import NoiseLevel, expand
+from dmd_jax.state import Optimizer, Role
+from dmd_jax.teachers.teacher import Frozen, Teacher
+from dmd_jax.types import Params
+
+# The images behind the loss that a picture shows.
+PICTURES = ("x", "x_t", "denoised_real", "denoised_fake", "gradient", "x_ref", "y_ref")
+
+
+class DMD(NamedTuple):
+    """The settings of the method, or of a stage of a run, with the paper's values for CIFAR-10."""
+
+    batch_size: int  # B, the samples of the matching loss and of the fake score
+    regression_batch_size: int  # R, the pairs
+    match_reference: bool = False  # the pairs' latents are among the B, so B - R are fresh
+    matching_weight: float = 1.0
+    regression_weight: float = 0.25
+    weighting: str = "normalized"  # of losses.distribution_matching_gradient, as alpha_factor
+    alpha_factor: bool = False
+    use_fake_score: bool = True  # of generator_loss
+    min_index: int = 20  # bins of the matching loss, both included
+    max_index: int = 980
+    generator_every: int = 1  # the generator updates on each n-th step
+    ema_decay: float = 0.0  # of the generator's average; 0 keeps none
+
+
+class _Parts(NamedTuple):
+    """What the functions of the objective have in common."""
+
+    settings: DMD
+    teacher: Teacher
+    networks: Networks
+    distance: Callable[[Frozen, jax.Array, jax.Array], jax.Array] | None
+    fake_weight: Callable[[NoiseLevel], jax.Array]
+    preview_key: jax.Array
+
+
+def dmd(
+    settings: DMD,
+    teacher: Teacher,
+    networks: Networks,
+    *,
+    init: Mapping[str, Callable[[Frozen, jax.Array], Params]],
+    optimizers: Mapping[str, Optimizer],
+    distance: Callable[[Frozen, jax.Array, jax.Array], jax.Array] | None = None,
+    fake_weight: Callable[[NoiseLevel], jax.Array] = losses.edm_weight,
+    preview_key: jax.Array,
+) -> Objective:
+    """The players "generator" and "fake_score"; the latter only where the matching loss asks it.
+
+    The generator descends the matching loss plus the regression loss; the fake score descends the
+    denoising loss on the same x, so on samples of the generator before its update.
+
+    Args:
+      networks: the function `teacher` in it takes all that the step only reads, not only the
+        teacher's own parameters.
+      init, optimizers: of both players, by name.
+      distance: (frozen, x, y) -> [B], the regression's; None is L2.
+      fake_weight: level -> [B], the denoising loss's weight.
+      preview_key: of what is random in the pictures.
+    """
+    parts = _Parts(settings, teacher, networks, distance, fake_weight, preview_key)
+    players = {
+        "generator": Player(
+            init=init["generator"],
+            loss=functools.partial(_generator, parts),
+            optimizer=optimizers["generator"],
+            every=settings.generator_every,
+            ema_decay=settings.ema_decay,
+        )
+    }
+    if _asks_fake_score(settings):
+        players["fake_score"] = Player(
+            init=init["fake_score"],
+            loss=functools.partial(_fake_score, parts),
+            optimizer=optimizers["fake_score"],
+        )
+    return Objective(
+        players=players,
+        batch_size=settings.batch_size,
+        needs=_needs(settings, teacher),
+        rows=functools.partial(_rows, parts),
+        pictures=functools.partial(_pictures, parts),
+    )
+
+
+def _asks_fake_score(settings: DMD) -> bool:
+    return bool(settings.matching_weight) and settings.use_fake_score
+
+
+def _fresh(settings: DMD) -> int:
+    """How many latents of a step are no pair's."""
+    return settings.batch_size - settings.match_reference * settings.regression_batch_size
+
+
+def _cond(parts: _Parts, frozen: Frozen, rows: Mapping[str, jax.Array]) -> Any:
+    """The condition of rows of data, which may have been encoded before the step."""
+    return rows["cond"] if "cond" in rows else parts.teacher.encode(frozen, rows)
+
+
+def _rows(parts: _Parts, keys: Keys, frozen: Frozen, batch: Batch) -> dict[str, Any]:
+    """What the generator sees, and the draws of both losses."""
+    settings, teacher = parts.settings, parts.teacher
+    fresh = _fresh(settings)
+    z = jax.random.normal(keys(Role.LATENTS), (fresh, *teacher.sample_shape), jnp.float32)
+    if teacher.draw_tokens is None:
+        cond = _cond(parts, frozen, batch["prompts"])
+    else:
+        cond = teacher.encode(frozen, teacher.draw_tokens(keys(Role.LABELS), fresh))
+    rows = {"z": z, "cond": cond}
+    if "pairs" in batch:
+        pairs = batch["pairs"]
+        cond_ref = _cond(parts, frozen, pairs)
+        rows["y_ref"] = pairs["y_ref"]
+        if settings.match_reference:
+            rows["z"] = join_pairs(z, pairs["z_ref"])
+            rows["cond"] = jax.tree.map(join_pairs, cond, cond_ref)
+        else:
+            rows |= {"z_ref": pairs["z_ref"], "cond_ref": cond_ref}
+    shape = (settings.batch_size, *teacher.sample_shape)
+    rows["matching"] = _matching_draws(parts, keys(Role.MATCHING), shape)
+    if _asks_fake_score(settings):
+        rows["fake"] = draw(keys(Role.FAKE_SCORE), shape, schedule=teacher.schedule)
+    return rows
+
+
+def _matching_draws(parts: _Parts, key: jax.Array, shape: tuple[int, ...]) -> Draws:
+    settings = parts.settings
+    return draw(
+        key,
+        shape,
+        schedule=parts.teacher.schedule,
+        min_index=settings.min_index,
+        max_index=settings.max_index,
+    )
+
+
+def _loss(
+    parts: _Parts,
+    params: Params,
+    players: Mapping[str, Params],
+    frozen: Frozen,
+    rows: Mapping[str, Any],
+) -> tuple[jax.Array, dict[str, Any]]:
+    """`generator_loss` with the settings."""
+    settings, distance = parts.settings, None
+    if parts.distance is not None:
+        distance = functools.partial(parts.distance, frozen)
+    return generator_loss(
+        params,
+        rows["matching"],
+        rows,
+        networks=parts.networks,
+        teacher_params=frozen,
+        fake_score_params=players.get("fake_score"),
+        matching_weight=settings.matching_weight,
+        regression_weight=settings.regression_weight,
+        weighting=settings.weighting,
+        alpha_factor=settings.alpha_factor,
+        use_fake_score=settings.use_fake_score,
+        distance=distance,
+    )
+
+
+def _generator(parts: _Parts, params: Params, view: View) -> tuple[jax.Array, Seen]:
+    loss, aux = _loss(parts, params, view.players, view.frozen, view.rows)
+    return loss, Seen(metrics=aux["metrics"], shared={"x": aux["x"]})
+
+
+def _fake_score(parts: _Parts, params: Params, view: View) -> tuple[jax.Array, Seen]:
+    loss = fake_score_loss(
+        params,
+        view.rows["fake"],
+        {"x0": view.shared["x"], "cond": view.rows["cond"]},
+        denoise=parts.networks.fake_score,
+        weight=parts.fake_weight,
+    )
+    return loss, Seen(metrics={"loss_fake_score": loss})
+
+
+def _pictures(
+    parts: _Parts, players: Mapping[str, Params], frozen: Frozen, batch: Batch, count: int
+) -> dict[str, jax.Array]:
+    """The images behind the loss, always of the same latents and levels."""
+    rows = batch["pairs"] if "pairs" in batch else batch["prompts"]
+    cond = _cond(parts, frozen, rows)
+    shape = (count, *parts.teacher.sample_shape)
+    latents_key, draw_key = jax.random.split(parts.preview_key)
+    seen = {
+        "matching": _matching_draws(parts, draw_key, shape),
+        "z": jax.random.normal(latents_key, shape, jnp.float32),
+        "cond": cond,
+    }
+    if "pairs" in batch:
+        seen |= {"z_ref": rows["z_ref"], "y_ref": rows["y_ref"], "cond_ref": cond}
+
+    def of_one(example: dict[str, Any]) -> dict[str, jax.Array]:
+        # One at a time: attention on large latents needs gigabytes for a few of them.
+        example = jax.tree.map(lambda leaf: leaf[None], example)
+        _, aux = _loss(parts, players["generator"], players, frozen, example)
+        decode = functools.partial(parts.teacher.decode, frozen)
+        shown = _shown(aux["pictures"], example["matching"], decode)
+        return jax.tree.map(lambda leaf: leaf[0], shown)
+
+    return jax.lax.map(of_one, seen)
+
+
+def _needs(settings: DMD, teacher: Teacher) -> dict[str, Need]:
+    """Pairs where they are regressed on or matched, prompts where tokens cannot be drawn."""
+    needs = {}
+    if settings.match_reference or settings.regression_weight:
+        image = jax.ShapeDtypeStruct(teacher.sample_shape, jnp.float32)
+        pair = {"z_ref": image, "y_ref": image} | dict(teacher.tokens)
+        # Pairs among the matching loss's samples are the fake score's as well, on every step.
+        every = 1 if settings.match_reference else settings.generator_every
+        needs["pairs"] = need(settings.regression_batch_size, pair, every=every)
+    if teacher.draw_tokens is None:
+        needs["prompts"] = need(_fresh(settings), teacher.tokens)
+    return needs
+
+
+def _shown(
+    pictures: Mapping[str, jax.Array],
+    draws: Draws,
+    decode: Callable[[jax.Array], jax.Array],
+) -> dict[str, jax.Array]:
+    """The PICTURES among these, as images."""
+    pictures = dict(pictures)
+    if "x_t" in pictures:
+        # To the brightness of an image, whatever the noise's scale.
+        spread = jnp.hypot(draws.level.alpha, draws.level.sigma)
+        pictures["x_t"] = pictures["x_t"] / expand(spread, pictures["x_t"])
+    shown = {
+        name: decode(picture)
+        for name, picture in pictures.items()
+        if name in PICTURES and name != "gradient"
+    }
+    if "gradient" in pictures:
+        shown["gradient"] = _beside(pictures["gradient"], shown["x"])
+    return shown
+
+
+def _beside(gradient: jax.Array, images: jax.Array) -> jax.Array:
+    """A gradient on latents at the size and with the channels of their images."""
+    factor = images.shape[1] // gradient.shape[1]
+    gradient = jnp.repeat(jnp.repeat(gradient, factor, axis=1), factor, axis=2)
+    return gradient[..., : images.shape[-1]]

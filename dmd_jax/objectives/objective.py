@@ -1,0 +1,99 @@
+"""What an objective is to the step, the loop and the commands: players, their losses, and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from dmd_jax.errors import UserError
+from dmd_jax.state import Optimizer, Role
+from dmd_jax.types import Params
+
+# A batch of data: the arrays [R, ...] of each source, by the source's name.
+Batch = Mapping[str, Mapping[str, jax.Array]]
+# A role -> the key of (seed, step, role).
+Keys = Callable[[Role], jax.Array]
+
+
+class View(NamedTuple):
+    """What a player's loss sees beside the player's own parameters."""
+
+    # Each player's parameters: of those that come earlier in the step, after their update.
+    players: Mapping[str, Params]
+    frozen: Mapping[str, Any]  # what a step only reads, see teachers.Frozen
+    rows: Any  # of this micro-batch, as Objective.rows made them
+    shared: Mapping[str, Any]  # what the losses of earlier players shared on these rows
+
+
+class Seen(NamedTuple):
+    """What a loss gives beside its value."""
+
+    metrics: Mapping[str, jax.Array] = {}  # scalars; micro-batches average them
+    shared: Mapping[str, Any] = {}  # for later players: arrays [B, ...] without a gradient
+    pictures: Mapping[str, jax.Array] = {}  # images [B, ...] behind the loss
+
+
+Loss = Callable[[Params, View], tuple[jax.Array, Seen]]
+
+
+class Player(NamedTuple):
+    """One trained tree of parameters."""
+
+    # (frozen, key of the role INIT) -> the parameters before the first step. Each player of an
+    # objective is given the same key.
+    init: Callable[[Mapping[str, Any], jax.Array], Params]
+    loss: Loss
+    optimizer: Optimizer
+    every: int = 1  # updates on the first step and on each n-th after it
+    ema_decay: float = 0.0  # of the average; 0 keeps none
+
+
+class Need(NamedTuple):
+    """What an objective reads of a source of data."""
+
+    arrays: Mapping[str, jax.ShapeDtypeStruct]  # of the whole batch, [R, ...]
+    every: int = 1  # they are used on the first step and on each n-th after it alone
+
+
+class Objective(NamedTuple):
+    """Trained networks that update in turn.
+
+    A micro-batch is a part of every array in `rows`, whose leading dimensions the number of
+    micro-batches divides; scalars are the same for all.
+    """
+
+    players: Mapping[str, Player]  # in the order in which a step updates them; the first is kept
+    batch_size: int  # images of a step
+    needs: Mapping[str, Need]  # by the source's name: "pairs", "prompts" or "images"
+    rows: Callable[[Keys, Mapping[str, Any], Batch], Any]  # (keys, frozen, batch) -> all rows
+    # (players' parameters, frozen, count rows of its sources, or of "prompts" where it needs none,
+    # count) -> images to look at, by name: [count, H, W, C] in [-1, 1].
+    pictures: Callable[
+        [Mapping[str, Params], Mapping[str, Any], Batch, int], Mapping[str, jax.Array]
+    ]
+
+
+def need(count: int, row: Mapping[str, jax.ShapeDtypeStruct], *, every: int = 1) -> Need:
+    """The need of `count` rows, each of these arrays."""
+    arrays = {
+        name: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype) for name, leaf in row.items()
+    }
+    return Need(arrays, every)
+
+
+def check_batch(
+    batch: Mapping[str, Any], keys: tuple[str, ...], purpose: str, meanings: Mapping[str, str]
+) -> None:
+    """Raises a UserError that names the first key of these that the batch lacks.
+
+    Args:
+      meanings: what each key is, for the message.
+    """
+    for key in keys:
+        if key not in batch:
+            held = ", ".join(map(repr, batch)) or "nothing"
+            raise UserError(
+                f"the batch has no {key!r} but {held}; expected {meanings[key]}, for {purpose}"
+            )
