@@ -1,24 +1,65 @@
 """Distribution Matching Distillation in JAX: the parts for people who bring their own networks.
 
 A denoiser is any function `denoise(params, x_t, level, cond) -> x0`. Source: arXiv 2311.18828.
+Names are imported when they are first used, so that `import dmd_jax` costs nothing.
 """
 
-from dmd_jax.discrete_samplers import ddim, dpm_solver_pp, pndm, unipc
-from dmd_jax.losses import (
-    denoising_loss,
-    distribution_matching_gradient,
-    distribution_matching_loss,
-    edm_weight,
-    regression_loss,
-    snr_weight,
-)
-from dmd_jax.models.denoisers import discrete_denoiser, edm_denoiser, guided
-from dmd_jax.objectives import Draws, draw, fake_score_loss, generator_loss, one_architecture
-from dmd_jax.samplers import euler, heun, one_step
-from dmd_jax.schedules import NoiseLevel, NoiseSchedule, forward_diffusion, score
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmd_jax.denoisers import discrete_denoiser, edm_denoiser, guided
+    from dmd_jax.discrete_samplers import ddim, dpm_solver_pp, pndm, unipc
+    from dmd_jax.losses import (
+        denoising_loss,
+        distribution_matching_gradient,
+        distribution_matching_loss,
+        edm_weight,
+        regression_loss,
+        snr_weight,
+    )
+    from dmd_jax.objectives import (
+        Draws,
+        Networks,
+        draw,
+        draw_lognormal,
+        fake_score_loss,
+        generator_loss,
+        one_architecture,
+    )
+    from dmd_jax.samplers import euler, heun, one_step
+    from dmd_jax.schedules import NoiseLevel, NoiseSchedule, forward_diffusion, score
+
+_MODULES = {
+    "denoisers": ("discrete_denoiser", "edm_denoiser", "guided"),
+    "discrete_samplers": ("ddim", "dpm_solver_pp", "pndm", "unipc"),
+    "losses": (
+        "denoising_loss",
+        "distribution_matching_gradient",
+        "distribution_matching_loss",
+        "edm_weight",
+        "regression_loss",
+        "snr_weight",
+    ),
+    "objectives": (
+        "Draws",
+        "Networks",
+        "draw",
+        "draw_lognormal",
+        "fake_score_loss",
+        "generator_loss",
+        "one_architecture",
+    ),
+    "samplers": ("euler", "heun", "one_step"),
+    "schedules": ("NoiseLevel", "NoiseSchedule", "forward_diffusion", "score"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Draws",
+    "Networks",
     "NoiseLevel",
     "NoiseSchedule",
     "ddim",
@@ -28,6 +69,7 @@ __all__ = [
     "distribution_matching_loss",
     "dpm_solver_pp",
     "draw",
+    "draw_lognormal",
     "edm_denoiser",
     "edm_weight",
     "euler",
@@ -44,3 +86,13 @@ __all__ = [
     "snr_weight",
     "unipc",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -21,7 +21,7 @@ from dmd_jax.objectives import DMD, Networks, Objective, dmd
 from dmd_jax.schedules import NoiseSchedule
 from dmd_jax.sharding import check_batch_size, make_mesh
 from dmd_jax.state import adamw_optimizer
-from dmd_jax.teachers import edm_teacher
+from dmd_jax.teachers.edm import edm_teacher
 from dmd_jax.types import Generate
 
 # A sample belongs to the nearest mode unless that is further than this many of the mode's standard

@@ -15,7 +15,7 @@ from dmd_jax.objectives import Objective
 from dmd_jax.pictures import grid, signed, to_uint8, viewing_scale
 from dmd_jax.sharding import replicated
 from dmd_jax.state import TrainState
-from dmd_jax.teachers import Frozen
+from dmd_jax.teachers.teacher import Frozen
 
 # Rows of images from the top; an objective has some of them.
 ROWS = ("x", "x_t", "denoised_real", "denoised_fake", "gradient", "x_ref", "y_ref")

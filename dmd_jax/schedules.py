@@ -5,9 +5,10 @@ The forward diffusion is x_t = alpha_t x0 + sigma_t noise everywhere in the proj
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +61,13 @@ def score(x_t: jax.Array, denoised: jax.Array, level: NoiseLevel) -> jax.Array:
     return -(x_t - expand(level.alpha, x_t) * denoised) / jnp.square(expand(level.sigma, x_t))
 
 
-class NoiseSchedule(flax.struct.PyTreeNode):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("alphas", "sigmas", "times"),
+    meta_fields=("prior_scale",),
+)
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
     """T noise levels, index 0 the least noise.
 
     The generator is the denoiser held at the last level; its input is `prior_scale * z` for
@@ -70,7 +77,7 @@ class NoiseSchedule(flax.struct.PyTreeNode):
     alphas: jax.Array  # [T]
     sigmas: jax.Array  # [T]
     times: jax.Array  # [T]
-    prior_scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    prior_scale: float = 1.0
 
     @classmethod
     def edm(

@@ -23,7 +23,7 @@ from dmd_jax.introduction import introduce
 from dmd_jax.preview import preview
 from dmd_jax.profiling import add_profile_argument, profiled_steps
 from dmd_jax.sharding import infer_shardings, on_rows, place
-from dmd_jax.teachers import Frozen
+from dmd_jax.teachers.teacher import Frozen
 from dmd_jax.weights import Weights, save_class_names, save_from_devices
 from dmd_jax.workdir_lock import locked
 

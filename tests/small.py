@@ -11,7 +11,7 @@ from dmd_jax.models import Denoiser
 from dmd_jax.objectives import DMD, Networks, dmd
 from dmd_jax.schedules import NoiseSchedule, expand
 from dmd_jax.state import adamw_optimizer
-from dmd_jax.teachers import edm_teacher
+from dmd_jax.teachers.edm import edm_teacher
 
 SHAPE = (4, 4, 1)
 CLASSES = 3

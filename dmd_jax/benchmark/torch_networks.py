@@ -98,7 +98,7 @@ class Denoiser(nn.Module):
     """A network that predicts the clean image: (x_t, level, cond) -> x0, float32 NCHW.
 
     Args:
-      network: complete. The preconditioning is that of models.denoisers.
+      network: complete. The preconditioning is that of denoisers.
     """
 
     def __init__(self, network: Mapping[str, Any]):

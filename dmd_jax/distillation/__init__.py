@@ -30,7 +30,7 @@ from dmd_jax.models import Denoiser, build_denoiser, guided
 from dmd_jax.models.lpips import lpips_template
 from dmd_jax.objectives import DMD, Networks, Objective, dmd
 from dmd_jax.schedules import NoiseSchedule
-from dmd_jax.teachers import Frozen, Teacher
+from dmd_jax.teachers.teacher import Frozen, Teacher
 from dmd_jax.weights import Weights, denoiser_of, params_sha256
 
 # Columns of a picture: for images up to 64 pixels, and for larger ones.

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from dmd_jax.distillation.setting import Parts
 from dmd_jax.errors import UserError
 from dmd_jax.models import Denoiser, abstract_params
-from dmd_jax.teachers import edm_teacher
+from dmd_jax.teachers.edm import edm_teacher
 
 
 def label_parts(config: ConfigDict, denoiser: Denoiser) -> Parts:

@@ -17,7 +17,7 @@ from dmd_jax.experiment import abstract_state, shardings_of
 from dmd_jax.flops import count_flops
 from dmd_jax.models.attention import at_once
 from dmd_jax.sharding import infer_shardings, make_mesh, on_rows, replicated, with_shardings
-from dmd_jax.teachers import Frozen
+from dmd_jax.teachers.teacher import Frozen
 from dmd_jax.train_step import Step, initial_state, jit_step, make_train_step
 
 # Frozen parts that every device holds whole: they are small beside what they are asked for.

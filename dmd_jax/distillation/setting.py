@@ -13,7 +13,7 @@ from dmd_jax.data.loader import Together, batches
 from dmd_jax.data.sources import ClassNames
 from dmd_jax.objectives import Need, Objective
 from dmd_jax.sharding import own_rows
-from dmd_jax.teachers import Frozen, Teacher
+from dmd_jax.teachers.teacher import Frozen, Teacher
 
 # Frozen parts that encode a batch, be it in the step or before it.
 AHEAD = ("text_encoder",)

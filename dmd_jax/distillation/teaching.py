@@ -13,7 +13,7 @@ from dmd_jax.experiment import computation_of, fake_weight_of
 from dmd_jax.models import build_denoiser
 from dmd_jax.objectives import Denoising, Objective, denoising
 from dmd_jax.state import adamw_optimizer
-from dmd_jax.teachers import edm_teacher
+from dmd_jax.teachers.edm import edm_teacher
 
 PREVIEW_COUNT = 40
 

@@ -16,7 +16,8 @@ from dmd_jax.distillation.setting import Parts
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import check_same_network, computation_of, one_of, prompts_of
 from dmd_jax.models import Denoiser, abstract_params, complete
-from dmd_jax.teachers import Frozen, stable_diffusion_teacher
+from dmd_jax.teachers.stable_diffusion import stable_diffusion_teacher
+from dmd_jax.teachers.teacher import Frozen
 from dmd_jax.text_parts import DECODERS, load_decoder, load_text_encoder, parts_folder
 from dmd_jax.tokenizer import Tokenizer, load_tokenizer
 from dmd_jax.weights import Weights, params_sha256

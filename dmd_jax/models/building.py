@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dmd_jax.denoisers import Denoiser, discrete_denoiser, edm_denoiser
 from dmd_jax.errors import UserError
-from dmd_jax.models.denoisers import Denoiser, discrete_denoiser, edm_denoiser
 from dmd_jax.models.mixture import mixture_denoise
 from dmd_jax.models.registry import DENOISERS, build_network, complete, initialiser
 from dmd_jax.models.unet2d_condition import TOKENS

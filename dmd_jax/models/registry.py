@@ -10,12 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dmd_jax.denoisers import PREDICTION_TYPES
 from dmd_jax.errors import UserError
 from dmd_jax.models.autoencoder_kl import AutoencoderKL
 from dmd_jax.models.autoencoder_tiny import AutoencoderTiny
 from dmd_jax.models.clip_text import CLIPText
 from dmd_jax.models.clip_vision import CLIPVision
-from dmd_jax.models.denoisers import PREDICTION_TYPES
 from dmd_jax.models.dhariwal import DhariwalUNet
 from dmd_jax.models.mixture import GaussianMixture
 from dmd_jax.models.mlp import MLP

@@ -23,7 +23,7 @@ from dmd_jax.metrics import read_metrics
 from dmd_jax.models import build_denoiser
 from dmd_jax.schedules import NoiseLevel
 from dmd_jax.sharding import make_mesh
-from dmd_jax.teachers import edm_teacher
+from dmd_jax.teachers.edm import edm_teacher
 from dmd_jax.weights import load_weights
 
 PROMPTS = ("a red ball", "a green ball", "a cat on a mat", "A house by the sea, oil painting")
