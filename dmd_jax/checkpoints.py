@@ -8,6 +8,7 @@ folder has its name only once it is whole.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -60,9 +61,11 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        record = {"position": position, "digests": leaf_digests(state)}
+        # A copy, since it is written while the run goes on, and changes what it gave.
+        position = json.loads(json.dumps(position))
+        record = sealed({"position": position, "digests": leaf_digests(state)})
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(sealed(record))
+            state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(record)
         )
         self._guard(step, lambda: self._manager.save(step, args=items))
 

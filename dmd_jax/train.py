@@ -56,7 +56,7 @@ def train(
     mesh: Mesh,
     profile: range,
 ) -> None:
-    """Trains a setting's players through its stages, and writes the first one's weights.
+    """Trains a setting's players through its stages; writes the weights of the kept one.
 
     Args:
       name: of the command. stages: as config.stages_of gives them.
@@ -103,7 +103,7 @@ def train(
             profile=profile,
             draw_pictures=preview(setting, objective, frozen, before, mesh),
         )
-        trained = final.players[next(iter(objective.players))].averaged
+        trained = final.players[objective.kept].averaged
         description = setting.description.format(step=int(final.step))
         weights = Weights(setting.network, trained, description, class_names=setting.class_names)
         save_from_devices(workdir / "weights", weights)

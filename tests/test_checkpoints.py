@@ -87,3 +87,14 @@ def test_checkpoints_without_digests_are_read_and_told_of(two_steps, caplog):
     assert (step, int(state["step"]), position) == (2, 2, {"batches": 2})
     assert "2 has no digests to check" in caplog.text
     assert checkpoints.restore_subtree(folder, ["ema"])[0] == 2
+
+
+def test_a_position_that_changes_after_saving_is_written_as_it_was(tmp_path):
+    sharding = replicated(make_mesh())
+    state = {"w": jax.device_put(jnp.zeros(3), sharding)}
+    run, position = checkpoints.Checkpoints(tmp_path / "checkpoints"), {"pending": [[1, 2.0]]}
+    run.save(1, state, position)
+    position["pending"].append((2, state["w"]))
+    run.wait()
+    abstract = with_shardings(state, {"w": sharding})
+    assert run.restore(abstract)[2] == {"pending": [[1, 2.0]]}

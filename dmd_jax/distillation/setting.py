@@ -54,7 +54,7 @@ class Setting(NamedTuple):
     frozen: Frozen  # host arrays
     sources: Mapping[str, Any]  # by the names of the objective's needs: source[i] -> one row
     identity: dict[str, Any]  # what a resumed run must share
-    network: Mapping[str, Any]  # of the first player, for its weights
+    network: Mapping[str, Any]  # of the player that is kept
     class_names: ClassNames
     description: str  # of the weights, with "{step}" in it
     preview: Mapping[str, Mapping[str, Any]]  # the batch of pictures

@@ -118,6 +118,7 @@ def denoising(
     )
     return Objective(
         players={"teacher": player},
+        kept="teacher",
         batch_size=settings.batch_size,
         needs={"images": need(settings.batch_size, {"x0": image} | dict(teacher.tokens))},
         rows=rows,

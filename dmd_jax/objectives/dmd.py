@@ -102,6 +102,7 @@ def dmd(
         )
     return Objective(
         players=players,
+        kept="generator",
         batch_size=settings.batch_size,
         needs=_needs(settings, teacher),
         rows=functools.partial(_rows, parts),

@@ -64,7 +64,8 @@ class Objective(NamedTuple):
     micro-batches divides; scalars are the same for all.
     """
 
-    players: Mapping[str, Player]  # in the order in which a step updates them; the first is kept
+    players: Mapping[str, Player]  # in the order in which a step updates them
+    kept: str  # the player whose weights are what a run is for
     batch_size: int  # images of a step
     needs: Mapping[str, Need]  # by the source's name: "pairs", "prompts" or "images"
     rows: Callable[[Keys, Mapping[str, Any], Batch], Any]  # (keys, frozen, batch) -> all rows
