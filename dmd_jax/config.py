@@ -32,6 +32,8 @@ MAY_CHANGE = (
     "text.encode",
     "remat",
     "lpips.weights",
+    "start.generator",
+    "start.fake_score",
     "log_every",
     "checkpoint_every",
     "picture_every",
@@ -99,6 +101,9 @@ def default_config() -> ConfigDict:
 
     # `dmd-jax train`: the distillation.
     config.steps = 300_000
+    # A weights folder, or the workdir of an earlier run, whose player of the same name is taken;
+    # empty starts as the teacher's copy.
+    config.start = ConfigDict(dict(generator="", fake_score=""))
     config.batch_size = 392  # matching loss and fake score
     config.match_reference = False  # the pairs' latents are among them, as for Stable Diffusion
     config.regression_batch_size = 392
@@ -285,6 +290,14 @@ def stages_of(config: ConfigDict) -> list[tuple[int, ConfigDict]]:
         last = until
     ended = [stage for stage in stages if stage[0] < config.steps]
     return [*ended, (config.steps, stages[len(ended)][1] if len(ended) < len(stages) else config)]
+
+
+def named_stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    """Each part of the run by the name that errors give it, such as "config.stages[0]"."""
+    return [
+        (f"config.stages[{number}]" if number < len(config.stages) else "config", stage)
+        for number, (_, stage) in enumerate(stages_of(config))
+    ]
 
 
 def save_config(config: ConfigDict, workdir: Path, *, command: str) -> None:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dmd_jax import loop
 from dmd_jax.arguments import add_run_arguments, run_config
-from dmd_jax.config import stages_of
+from dmd_jax.config import named_stages, stages_of
 from dmd_jax.distillation import setting_of
 from dmd_jax.distillation.program import Program, program_of
 from dmd_jax.distillation.setting import Method, Setting, data_of
@@ -38,12 +38,10 @@ def run(args: argparse.Namespace) -> None:
     profile = profiled_steps(args.profile, config.steps)
     mesh = mesh_of(config)
     introduce(mesh)
-    stages = stages_of(config)
-    for number, (_, stage) in enumerate(stages):
-        where = f"config.stages[{number}]" if number < len(config.stages) else "config"
+    for where, stage in named_stages(config):
         check_batches(stage, mesh, where)
     setting = setting_of(config, teacher_of(config))
-    train("train", args.workdir, config, setting, stages, mesh=mesh, profile=profile)
+    train("train", args.workdir, config, setting, stages_of(config), mesh=mesh, profile=profile)
 
 
 def train(
@@ -67,7 +65,7 @@ def train(
       UserError: as loop.run.
     """
     method = setting.method
-    program = program_of(config, method, mesh, setting.frozen)
+    program = program_of(config, method, mesh, setting.frozen, setting.starts)
     host, host_before = method.split(setting.frozen)
     frozen = place(host, shardings_of(program.frozen))
     before = place(host_before, infer_shardings(host_before, mesh))
@@ -86,6 +84,12 @@ def train(
             images_per_step=method.objective(part).batch_size,
         )
 
+    def initialize() -> Any:
+        # On no device but for this, since steps do not take them.
+        starts = place(setting.starts, infer_shardings(setting.starts, mesh))
+        jitted = jax.jit(program.initialize, out_shardings=shardings_of(program.state))
+        return jitted(frozen, starts)
+
     with locked(workdir, first=jax.process_index() == 0):
         if jax.process_index() == 0:
             save_class_names(workdir, setting.class_names)
@@ -95,9 +99,7 @@ def train(
             config=config,
             identity=setting.identity,
             abstract=program.state,
-            initialize=lambda: jax.jit(
-                program.initialize, out_shardings=shardings_of(program.state)
-            )(frozen),
+            initialize=initialize,
             stages=[stage(number) for number in range(len(stages))],
             every={player: one.every for player, one in objective.players.items()},
             profile=profile,

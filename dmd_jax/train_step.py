@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,18 +26,28 @@ from dmd_jax.state import (
     update_ema,
 )
 from dmd_jax.teachers.teacher import Frozen
+from dmd_jax.types import Params
 
 # Each player's metrics, by its name. Those of a step that does not update it are zeros.
 Metrics = dict[str, dict[str, jax.Array]]
 Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
 
 
-def initial_state(objective: Objective, frozen: Frozen, *, seed: int) -> TrainState:
-    """The state before the first step."""
+def initial_state(
+    objective: Objective, frozen: Frozen, starts: Mapping[str, Params] = {}, *, seed: int
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      starts: the parameters of players, by name, that do not start as the objective says.
+    """
     key = role_key(key_data(seed), 0, Role.INIT)
     players = objective.players
     return train_state(
-        {name: player.init(frozen, key) for name, player in players.items()},
+        {
+            name: starts[name] if name in starts else player.init(frozen, key)
+            for name, player in players.items()
+        },
         {name: player.optimizer.transformation for name, player in players.items()},
         averaged=[name for name, player in players.items() if player.ema_decay > 0],
         seed=seed,

@@ -30,15 +30,8 @@ _LONGEST_CONFIG = 8 << 20  # bytes; the names of many classes take some
 _DTYPES = ("F32", "BF16", "F16")
 # In a run's workdir: the names of the classes that its weights get in their config.json.
 CLASSES_FILE = "classes.json"
-# Where a run's checkpoint holds the network that it is for, best first.
-TRAINED = (
-    *(
-        f"players/{player}/{part}"
-        for player in ("generator", "teacher")
-        for part in ("ema", "params")
-    ),
-    *("ema", "generator/params", "teacher/params"),  # in checkpoints that know no players
-)
+# The players that runs are for.
+KEPT = ("generator", "teacher")
 
 
 class Weights(NamedTuple):
@@ -142,16 +135,19 @@ def save_class_names(workdir: Path, names: tuple[str | None, ...] | None) -> Non
         raise UserError(f"{path} cannot be written: {error}") from error
 
 
-def load_weights(folder: Path) -> Weights:
+def load_weights(folder: Path, *, player: str | None = None) -> Weights:
     """Reads a weights folder, or the newest checkpoint of a run's workdir.
 
     A workdir gives the EMA where the run keeps one.
+
+    Args:
+      player: whose of a run, such as "fake_score"; by default those that the run is for.
 
     Raises:
       UserError: the folder is neither, cannot be read, or does not fit its own config.
     """
     folder = path_of(folder)
-    return _load_workdir(folder) if _is_workdir(folder) else _load_folder(folder)
+    return _load_workdir(folder, player) if _is_workdir(folder) else _load_folder(folder)
 
 
 def network_of(folder: Path) -> dict[str, Any]:
@@ -264,11 +260,15 @@ def _read_leaves(folder: Path, expected: dict[str, Any]) -> dict[str, np.ndarray
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _load_workdir(folder: Path) -> Weights:
+def _load_workdir(folder: Path, player: str | None) -> Weights:
     config = _read_json(folder / "config.json", needs="config")["config"]
-    found = restore_subtree(folder / "checkpoints", TRAINED)
+    names = [place for one in (KEPT if player is None else (player,)) for place in _places(one)]
+    found = restore_subtree(folder / "checkpoints", names)
     if found is None:
-        raise UserError(f"{folder / 'checkpoints'} holds no whole checkpoint; expected one")
+        of_player = "" if player is None else f" with a {player}"
+        raise UserError(
+            f"{folder / 'checkpoints'} holds no whole checkpoint{of_player}; expected one"
+        )
     step, name, params = found
     network = _network(config, folder)
     check_same_architecture(params, abstract_params(network), folder)
@@ -277,6 +277,13 @@ def _load_workdir(folder: Path) -> Weights:
         content = _read_json(folder / CLASSES_FILE, needs="class_names")
         names = _class_names(content, network, folder / CLASSES_FILE)
     return Weights(network, params, f"{folder} at step {step}, {name}", class_names=names)
+
+
+def _places(player: str) -> list[str]:
+    """Where a checkpoint may hold a player's parameters, best first."""
+    # The last two in checkpoints that know no players, whose average is the kept one's.
+    average = ["ema"] if player in KEPT else []
+    return [f"players/{player}/ema", f"players/{player}/params", *average, f"{player}/params"]
 
 
 def _read_json(path: Path, *, needs: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from dmd_jax import checkpoints
 from dmd_jax.errors import UserError
 from dmd_jax.sharding import make_mesh, replicated, with_shardings
+from dmd_jax.state import adamw, former_layout, train_state
 
 
 def test_what_another_process_cannot_read_is_not_used_here(tmp_path, monkeypatch, caplog):
@@ -98,3 +99,26 @@ def test_a_position_that_changes_after_saving_is_written_as_it_was(tmp_path):
     run.wait()
     abstract = with_shardings(state, {"w": sharding})
     assert run.restore(abstract)[2] == {"pending": [[1, 2.0]]}
+
+
+def test_a_checkpoint_that_knows_no_players_is_the_state(tmp_path):
+    """As runs wrote them that had two networks and the generator's average by name."""
+    sharding = replicated(make_mesh())
+    params = {"generator": {"w": jnp.arange(3.0)}, "fake_score": {"w": jnp.ones(2)}}
+    optimizers = dict.fromkeys(params, adamw(learning_rate=1e-3))
+    state = train_state(params, optimizers, averaged=["generator"], seed=4)
+    state = jax.device_put(state, sharding)
+    run = checkpoints.Checkpoints(tmp_path / "checkpoints")
+    run.save(1, former_layout(state), {"batches": 1})
+    run.close()
+    abstract = with_shardings(state, jax.tree.map(lambda _: sharding, state))
+    step, found, position = checkpoints.Checkpoints(run.folder).restore(abstract)
+    assert (step, position) == (1, {"batches": 1})
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    without_average = train_state(params, optimizers, seed=4)
+    with pytest.raises(UserError, match="ema/w is not expected"):
+        checkpoints.Checkpoints(run.folder).restore(
+            with_shardings(without_average, jax.tree.map(lambda _: sharding, without_average))
+        )

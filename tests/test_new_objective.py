@@ -121,6 +121,7 @@ def setting(batch_size=8):
     return Setting(
         method=Method(lambda stage: objective, lambda: jax.eval_shape(lambda: frozen), None),
         frozen=frozen,
+        starts={},
         sources={"images": Images()},
         identity={"made": "here"},
         network={"name": "haiku"},

@@ -76,8 +76,11 @@ def test_metrics_are_finite_and_the_fake_score_learns(workdir):
         assert np.all(np.isfinite([list(line.values()) for line in lines]))
         assert all(line["dm_nonfinite"] == 0 for line in lines)
         assert all(("loss_regression" in line) == (objective == "full") for line in lines)
-    # An EDM denoiser's loss of weight 1 is about 1 before it learns; a point's can fall to 0.
-    assert read_metrics(workdir / "real_score")[-1]["loss_fake_score"] < 0.1
+    # An EDM denoiser's loss of weight 1 is about 1 before it learns. The real score alone asks no
+    # fake score, and none is trained.
+    for objective in ("real_minus_fake", "full"):
+        assert 0.5 < read_metrics(workdir / objective)[-1]["loss_fake_score"] < 0.95
+    assert not any("loss_fake_score" in line for line in read_metrics(workdir / "real_score"))
     # The squared distance of the cluster to a mode, halved for the two axes, is on average over
     # both (0.45^2 + 1.95^2 + 2 * 0.45^2) / 4 = 1.10, and the widths add 0.2^2 + 0.1^2. What z and
     # y share, about 0.1, and the first line's 50 updates take some of it away.

@@ -43,7 +43,7 @@ class OwnStep:
         self._facts["state_bytes"] = bytes_a_device(program.state)
         self.frozen, self.batch = self._inputs(lambda abstract: abstract)
         initialize = jax.jit(program.initialize, out_shardings=shardings_of(program.state))
-        self.state = initialize(self.frozen)
+        self.state = initialize(self.frozen, {})
 
     def on_host(self) -> tuple[Any, Any]:
         """`frozen` and `batch` once more, in NumPy, which takes none of the devices' memory.

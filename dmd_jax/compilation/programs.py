@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmd_jax.config import stages_of
+from dmd_jax.config import named_stages
 from dmd_jax.distillation.program import abstract_program, model_flops
 from dmd_jax.experiment import check_batches, computation_of
 from dmd_jax.flops import count_flops
@@ -50,8 +50,8 @@ def compilable(config: ConfigDict, what: str, devices: Sequence[jax.Device]) -> 
 
 
 def _training(config: ConfigDict, mesh: Mesh) -> Compilable:
-    _, stage = stages_of(config)[-1]
-    check_batches(stage, mesh, "config")
+    for where, stage in named_stages(config):
+        check_batches(stage, mesh, where)
     program = abstract_program(config, mesh)
     facts = {
         "devices": mesh.size,

@@ -19,6 +19,7 @@ from dmd_jax.distillation.setting import Method, Parts, Setting
 from dmd_jax.distillation.text import Text, load_text, null_condition, text_parts
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import (
+    check_same_network,
     computation_of,
     distance_of,
     fake_weight_of,
@@ -31,7 +32,8 @@ from dmd_jax.models.lpips import lpips_template
 from dmd_jax.objectives import DMD, Networks, Objective, dmd
 from dmd_jax.schedules import NoiseSchedule
 from dmd_jax.teachers.teacher import Frozen, Teacher
-from dmd_jax.weights import Weights, denoiser_of, params_sha256
+from dmd_jax.types import Params
+from dmd_jax.weights import Weights, denoiser_of, load_weights, params_sha256
 
 # Columns of a picture: for images up to 64 pixels, and for larger ones.
 COLUMNS, LARGE_COLUMNS = 10, 4
@@ -80,11 +82,15 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
     if "lpips" in method.frozen():
         frozen["lpips"] = lpips_of(config)
         identity["lpips_sha256"] = params_sha256(frozen["lpips"])
+    starts = _starts(config, method.objective(config))
+    for name, start in starts.items():
+        identity[f"start_{name}_sha256"] = params_sha256(start)
     teacher = parts.teacher(config)
     preview, count = _preview(teacher, frozen, sources)
     return Setting(
         method=method,
         frozen=frozen,
+        starts=starts,
         sources=sources,
         identity=identity,
         network=weights.network,
@@ -93,6 +99,26 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
         preview=preview,
         preview_count=count,
     )
+
+
+def _starts(config: ConfigDict, objective: Objective) -> dict[str, Params]:
+    """The parameters of the players that config.start names weights for.
+
+    Raises:
+      UserError: there are none, they are of another network, or the objective has no such player.
+    """
+    named = {name: folder for name, folder in config.start.items() if folder}
+    starts = {}
+    for name, folder in named.items():
+        if name not in objective.players:
+            raise UserError(
+                f"config.start.{name} is {folder}, and nothing trains a {name} here; expected "
+                f"some of {', '.join(objective.players)}"
+            )
+        weights = load_weights(folder, player=name)
+        check_same_network(weights.network, config.network.to_dict(), folder)
+        starts[name] = weights.params
+    return starts
 
 
 def optimizers_of(config: ConfigDict) -> dict[str, state.Optimizer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from dmd_jax.models.attention import at_once
 from dmd_jax.sharding import infer_shardings, make_mesh, on_rows, replicated, with_shardings
 from dmd_jax.teachers.teacher import Frozen
 from dmd_jax.train_step import Step, initial_state, jit_step, make_train_step
+from dmd_jax.types import Params
 
 # Frozen parts that every device holds whole: they are small beside what they are asked for.
 WHOLE = ("decoders", "lpips")
@@ -27,7 +28,8 @@ WHOLE = ("decoders", "lpips")
 class Program(NamedTuple):
     """All that a run's steps have in common: shapes with shardings, before any array is made."""
 
-    initialize: Callable[[Any], Any]  # the frozen parameters -> the state at the start
+    # (the frozen parameters, those of players that start from others) -> the state at the start
+    initialize: Callable[[Any, Any], Any]
     state: Any
     frozen: Any
     step: Callable[[ConfigDict], Step]  # a stage's config -> its jitted step
@@ -38,11 +40,18 @@ class Program(NamedTuple):
         return self.state, self.frozen, self.batch(stage)
 
 
-def program_of(config: ConfigDict, method: Method, mesh: Mesh, frozen: Frozen) -> Program:
+def program_of(
+    config: ConfigDict,
+    method: Method,
+    mesh: Mesh,
+    frozen: Frozen,
+    starts: Mapping[str, Params] = {},
+) -> Program:
     """The program that `train` runs, which the other commands compile and time.
 
     Args:
       frozen: all frozen parameters, host arrays or ShapeDtypeStructs; only their shapes are used.
+      starts: likewise, of `initial_state`.
 
     Returns:
       A Program whose trees are ShapeDtypeStructs with shardings.
@@ -56,7 +65,7 @@ def program_of(config: ConfigDict, method: Method, mesh: Mesh, frozen: Frozen) -
     }
     frozen = with_shardings(frozen, shardings)
     initialize = functools.partial(initial_state, method.objective(config), seed=config.seed)
-    state = abstract_state(initialize, mesh, frozen)
+    state = abstract_state(initialize, mesh, frozen, starts)
 
     def step(stage: ConfigDict) -> Step:
         return jit_step(

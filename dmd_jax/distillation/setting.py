@@ -14,6 +14,7 @@ from dmd_jax.data.sources import ClassNames
 from dmd_jax.objectives import Need, Objective
 from dmd_jax.sharding import own_rows
 from dmd_jax.teachers.teacher import Frozen, Teacher
+from dmd_jax.types import Params
 
 # Frozen parts that encode a batch, be it in the step or before it.
 AHEAD = ("text_encoder",)
@@ -52,6 +53,7 @@ class Setting(NamedTuple):
 
     method: Method
     frozen: Frozen  # host arrays
+    starts: Mapping[str, Params]  # of players that start from other weights, host arrays
     sources: Mapping[str, Any]  # by the names of the objective's needs: source[i] -> one row
     identity: dict[str, Any]  # what a resumed run must share
     network: Mapping[str, Any]  # of the player that is kept

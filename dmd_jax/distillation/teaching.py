@@ -66,6 +66,7 @@ def teaching_of(config: ConfigDict) -> Setting:
     return Setting(
         method=Method(objective, frozen=dict, ahead=None),
         frozen={},
+        starts={},
         sources={"images": images},
         identity={"images": len(images)},
         network=config.network.to_dict(),
