@@ -14,11 +14,11 @@ from dmd_jax.ablation_report import labelled_rows, summarize, table
 from dmd_jax.ablations import ROWS, apply_row, chosen_rows, paper_fid
 from dmd_jax.cli import Parser
 from dmd_jax.config import resolve_config, save_config
+from dmd_jax.distillation import dmd_settings
 from dmd_jax.errors import Stopped, UserError
 from dmd_jax.experiment import (
     check_ranges,
     distance_of,
-    loss_options,
     lpips_of,
     teacher_of,
 )
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     judges = evaluate.origins(*evaluate.open_judges(_parsed(arguments), sample_shape))
     for row_config in (apply_row(config, row) for row in rows):
         # What train refuses in hours, once the pairs are there.
-        loss_options(row_config, denoiser.schedule)
+        dmd_settings(row_config, denoiser.schedule)
         if distance_of(row_config, sample_shape) is not None:
             lpips_of(row_config)
     papers = {row: _paper(config, row, judges["features"]) for row in rows}

@@ -24,10 +24,12 @@ from dmd_jax.models import abstract_params, build_denoiser, build_network
 from dmd_jax.models.inception import class_logits, inception_template, pool3
 from dmd_jax.models.lpips import lpips, lpips_template, vgg16_features
 from dmd_jax.models.registry import _NETWORKS
+from dmd_jax.objectives import Denoising, denoising
 from dmd_jax.schedules import NoiseLevel
 from dmd_jax.sharding import make_mesh
-from dmd_jax.teacher_step import make_teacher_step, teacher_state
+from dmd_jax.teachers.edm import edm_teacher
 from dmd_jax.text_to_image import TEXT_SAMPLERS, latent_sampler
+from dmd_jax.train_step import initial_state, make_train_step
 
 TINY = str(Path(__file__).parent / "configs" / "tiny.py")
 TEXT_CONFIG = str(Path(__file__).parents[1] / "configs" / "sd15_tiny.py")
@@ -243,21 +245,16 @@ def test_training_steps(make):
 def test_teachers_steps():
     for precision in ("highest", "high"):
         denoiser = build_denoiser(NETWORKS["songunet"], precision=precision)
-        constant = {"learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.0, "clip_norm": 1.0}
-        optimizer = state.adamw(**constant)
-        step = make_teacher_step(
-            denoiser.denoise,
-            optimizer=optimizer,
-            learning_rate=state.warmup(1e-3, 1),
-            conditional=True,
-            p_mean=-1.2,
-            p_std=1.2,
-            ema_decay=0.9,
+        objective = denoising(
+            Denoising(batch_size=2),
+            edm_teacher(denoiser),
+            denoiser.init,
+            state.adamw_optimizer(learning_rate=1e-3, warmup_steps=1),
+            preview_key=jax.random.key(0),
         )
-        start = functools.partial(teacher_state, optimizer=optimizer, seed=0)
-        begun = jax.eval_shape(start, abstract_params(NETWORKS["songunet"]))
-        batch = {"x0": array(2, *denoiser.sample_shape), "label": array(2, dtype=jnp.int32)}
-        check(products_of(step, begun, batch), precision.upper())
+        begun = jax.eval_shape(lambda: initial_state(objective, {}, seed=0))  # noqa: B023
+        batch = {name: dict(need.arrays) for name, need in objective.needs.items()}
+        check(products_of(make_train_step(objective), begun, {}, batch), precision.upper())
 
 
 def test_denoisers_take_the_precision():
