@@ -14,8 +14,8 @@ from dmd_jax.experiment import check_ranges
 from dmd_jax.files import path_of
 from dmd_jax.generation import SAMPLERS, ImageMaker
 from dmd_jax.models import DTYPES, complete
+from dmd_jax.parallel.processes import join_processes
 from dmd_jax.precision import PRECISIONS
-from dmd_jax.processes import add_process_arguments, join_processes
 from dmd_jax.text_parts import DECODERS
 from dmd_jax.text_to_image import (
     TEXT_SAMPLERS,
@@ -53,6 +53,25 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the run lives; given alone, the run there goes on",
     )
     add_process_arguments(parser)
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that join several processes to one run."""
+    group = parser.add_argument_group("several processes (each runs the same command)")
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, or 'auto' where the cluster tells (Cloud TPU, Slurm)",
+    )
+    group.add_argument("--processes", metavar="N", type=int, help="how many processes there are")
+    group.add_argument("--process", metavar="I", type=int, help="which of them this is, from 0")
+    group.add_argument(
+        "--coordinator-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=300.0,
+        help="for all to come (default: 300)",
+    )
 
 
 def run_config(args: argparse.Namespace, command: str) -> ConfigDict:

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dmd_jax.arguments import add_process_arguments
 from dmd_jax.benchmark.own_images import OwnImages
 from dmd_jax.benchmark.own_step import OwnStep
 from dmd_jax.benchmark.peaks import peak_flops
@@ -25,7 +26,7 @@ from dmd_jax.config import flatten, load_config
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.experiment import check_batches, check_ranges, mesh_of
 from dmd_jax.files import local_path, write_json
-from dmd_jax.processes import add_process_arguments, join_processes
+from dmd_jax.parallel.processes import join_processes
 from dmd_jax.provenance import command_line, machine
 from dmd_jax.text_parts import DECODERS
 

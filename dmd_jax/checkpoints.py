@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import path_of
 from dmd_jax.leaf_digests import leaf_digests
-from dmd_jax.processes import settle
+from dmd_jax.parallel.processes import settle
 from dmd_jax.seals import sealed, unsealed
 from dmd_jax.state import TrainState, former_layout, of_former_layout
 

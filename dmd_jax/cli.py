@@ -11,9 +11,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from dmd_jax import processes
 from dmd_jax.errors import Stopped, UserError
 from dmd_jax.flags import check_flags, missing_devices
+from dmd_jax.parallel import processes
 from dmd_jax.terminal import one_line, terminal
 
 COMMANDS = {
@@ -78,14 +78,11 @@ def _outcome(argv: list[str]) -> int:
         print(usage())
         return 0 if argv else 2
     try:
-        dispatch(argv)
+        code = _completed(argv)
+        processes.leave()
     except UserError as error:
         line = one_line(str(error))
         return _fail(line, 2, f"dmd-jax: error: {line}")
-    except Stopped as stopped:
-        processes.leave()
-        print(f"dmd-jax: {stopped}", file=sys.stderr)
-        return 130 if stopped.signal_number == signal.SIGINT else 0
     except KeyboardInterrupt:
         return _fail("interrupted", 130, "dmd-jax: interrupted")
     except Exception:
@@ -93,7 +90,16 @@ def _outcome(argv: list[str]) -> int:
             return _fail(problem, 2, f"dmd-jax: error: {problem}")
         processes.end_by_a_bug()
         raise
-    processes.leave()
+    return code
+
+
+def _completed(argv: list[str]) -> int:
+    """Runs a command to its end, or to where a signal stopped it; returns the exit code."""
+    try:
+        dispatch(argv)
+    except Stopped as stopped:
+        print(f"dmd-jax: {stopped}", file=sys.stderr)
+        return 130 if stopped.signal_number == signal.SIGINT else 0
     return 0
 
 

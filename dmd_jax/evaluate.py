@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from dmd_jax.arguments import (
     SAMPLER_OPTIONS,
+    add_process_arguments,
     add_sampler_arguments,
     make_images,
     refuse,
@@ -38,7 +39,7 @@ from dmd_jax.evaluation.reference import Reference, open_reference, save_referen
 from dmd_jax.files import local_path, path_of, write_json
 from dmd_jax.generation import DRAWS
 from dmd_jax.models import complete
-from dmd_jax.processes import add_process_arguments, join_processes
+from dmd_jax.parallel.processes import join_processes
 from dmd_jax.provenance import command_line, machine
 from dmd_jax.text_to_image import is_text_to_image
 from dmd_jax.weights import params_sha256

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dmd_jax.processes import settle
+from dmd_jax.parallel.processes import settle
 
 # Odd, so that multiplying by them loses no bit: 2^32 over the golden ratio, and MurmurHash3's.
 _PLACE, _FIRST, _SECOND = np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)

@@ -16,10 +16,10 @@ from dmd_jax.config import check_same_run, default_config, lasting, save_config
 from dmd_jax.errors import Stopped, UserError
 from dmd_jax.flags import rounding_flags
 from dmd_jax.metrics import MetricsWriter, Progress, must_be_finite
+from dmd_jax.parallel.stopping import stop_requests
 from dmd_jax.profiling import Profile
 from dmd_jax.sharding import to_mesh
 from dmd_jax.state import TrainState
-from dmd_jax.stopping import stop_requests
 from dmd_jax.train_step import Metrics
 
 

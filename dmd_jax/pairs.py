@@ -23,7 +23,7 @@ from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
 from dmd_jax.metrics import Progress
 from dmd_jax.models import complete
 from dmd_jax.models.clip_text import check_tokens
-from dmd_jax.processes import wait_for_all
+from dmd_jax.parallel.processes import wait_for_all
 from dmd_jax.state import Role
 from dmd_jax.text_to_image import TEXT_SAMPLERS, LatentMaker, load_pipeline
 from dmd_jax.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from dmd_jax.arguments import add_run_arguments, run_config
 from dmd_jax.data.sources import ClassNames
 from dmd_jax.distillation.teaching import teaching_of
 from dmd_jax.experiment import mesh_of
-from dmd_jax.introduction import introduce
+from dmd_jax.parallel.introduction import introduce
 from dmd_jax.profiling import add_profile_argument, profiled_steps
 from dmd_jax.sharding import check_batch_size
 from dmd_jax.train import train

@@ -19,7 +19,7 @@ from dmd_jax.distillation import setting_of
 from dmd_jax.distillation.program import Program, program_of
 from dmd_jax.distillation.setting import Method, Setting, data_of
 from dmd_jax.experiment import check_batches, mesh_of, shardings_of, teacher_of
-from dmd_jax.introduction import introduce
+from dmd_jax.parallel.introduction import introduce
 from dmd_jax.preview import preview
 from dmd_jax.profiling import add_profile_argument, profiled_steps
 from dmd_jax.sharding import infer_shardings, on_rows, place

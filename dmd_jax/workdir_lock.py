@@ -23,7 +23,7 @@ from pathlib import Path
 
 from dmd_jax.errors import UserError
 from dmd_jax.files import in_bucket
-from dmd_jax.processes import settle
+from dmd_jax.parallel.processes import settle
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from dmd_jax.processes import wait_for_all
+from dmd_jax.parallel.processes import wait_for_all
 
 
 def introduce(mesh: Mesh) -> None:

@@ -13,7 +13,7 @@ from commands import ROOT, TINY, fails, finish, free_port, start, succeeds
 
 from dmd_jax.checkpoints import restore_subtree
 from dmd_jax.metrics import read_metrics
-from dmd_jax.peers import LOST
+from dmd_jax.parallel.lifeline import LOST
 from dmd_jax.weights import load_weights
 
 HOST = socket.gethostname()

@@ -1,0 +1,1 @@
+"""Mesh, shardings and processes."""
