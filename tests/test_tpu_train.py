@@ -139,6 +139,7 @@ def test_a_run_from_nothing_to_its_end(bench):
     (create,) = (call for call in bench.cloud.calls() if call[3] == "create")
     assert {"--accelerator-type=v5litepod-8", "--version=v2-alpha-tpuv5-lite"} <= set(create)
     assert "--network=my-net" in create
+    tokens = set()
     for worker in ("my-tpu-w-0", "my-tpu-w-1"):
         workdir = str(bench.folder / "run")
         assert bench.note(worker, "arguments") == [
@@ -149,6 +150,9 @@ def test_a_run_from_nothing_to_its_end(bench):
         assert "XLA_FLAGS=--one --two" in environment
         assert "JAX_PLATFORMS=tpu,cpu" in environment
         assert f"JAX_COMPILATION_CACHE_DIR={workdir}/jax_cache" in environment
+        tokens.update(line for line in environment if line.startswith("DMD_JAX_TOKEN="))
+    # All workers of a start have the same token, and nobody else can guess it.
+    assert len(tokens) == 1 and re.fullmatch("DMD_JAX_TOKEN=[0-9a-f]{32}", *tokens)
     assert bench.cloud.names() == []
     assert "the run has finished" in err
 

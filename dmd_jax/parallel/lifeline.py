@@ -4,7 +4,8 @@ Where a process does not come, or another one dies, JAX's client (0.10 and 0.12)
 aborts with a C++ trace, and a Python callback for that dies of std::bad_cast. So process 0 calls
 the roll before JAX connects, at the coordinator's address and no other interface, and the others
 keep these connections until they end. Each side proves by HMAC over the other's challenge that it
-has the same DMD_JAX_TOKEN. JAX's coordinator takes the port after the roll call.
+has the same DMD_JAX_TOKEN. JAX's coordinator takes the port after the roll call, and the others
+reach it by a relay of their own, which does not close when process 0 dies: the lifeline tells it.
 """
 
 from __future__ import annotations
@@ -105,6 +106,21 @@ class Lifeline:
         """Returns when the others have ended their connections, or after these seconds."""
         with self._changed:
             self._changed.wait_for(lambda: not self._sockets, seconds)
+
+    def relay(self) -> str:
+        """An address of this machine that reaches JAX's coordinator, and outlives it."""
+        if self.index == 0:
+            return self.bound
+        server = _Server("127.0.0.1", 0, self._forward)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"127.0.0.1:{server.server_address[1]}"
+
+    def _forward(self, near: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # JAX's client tries again, and this process ends.
+            far = socket.create_connection(_parts(self._address))
+            threading.Thread(target=_pump, args=(far, near), daemon=True).start()
+            _pump(near, far)
+            far.shutdown(socket.SHUT_RDWR)
 
     def _follow(self, process: int, stream) -> None:
         """Waits for a word of the process at the other end, or for its end."""
@@ -221,6 +237,14 @@ class Lifeline:
             ) from error
         self._sockets[0] = connection
         threading.Thread(target=self._follow, args=(0, stream), daemon=True).start()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    """Passes on what comes until the source ends, even where nobody takes it any more."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            with contextlib.suppress(OSError):
+                sink.sendall(data)
 
 
 def _parts(address: str) -> tuple[str, int]:

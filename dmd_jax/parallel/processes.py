@@ -120,7 +120,7 @@ def join_processes(
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            cluster.address,
+            _lifeline.relay(),
             cluster.count,
             cluster.index,
             local_device_ids=cluster.devices,

@@ -64,17 +64,20 @@ copy() {
 }
 
 start() {
-  local node i process=0 words
+  local node i process=0 words token told
   explain 'start the run on every worker'
+  # By which the processes know each other; one of --env takes its place.
+  token=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+  told=("DMD_JAX_TOKEN=$token" "${variables[@]}")
   for node in "${nodes[@]}"; do
     if [ "$coordinator" = auto ]; then
-      words=$(worker_command start "$key" "${variables[@]}" -- "${arguments[@]}" --coordinator auto)
+      words=$(worker_command start "$key" "${told[@]}" -- "${arguments[@]}" --coordinator auto)
       ssh_flags "$node" all "$words"
       tpus tpu-vm ssh "${flags[@]}" || return 1
       continue
     fi
     for ((i = 0; i < workers; i++)); do
-      words=$(worker_command start "$key" "${variables[@]}" -- "${arguments[@]}" \
+      words=$(worker_command start "$key" "${told[@]}" -- "${arguments[@]}" \
         --coordinator "${coordinator/#:/$address:}" \
         --processes "$((workers * slices))" --process "$process")
       ssh_flags "$node" "$i" "$words"

@@ -1,17 +1,16 @@
 """Who comes to a run and how each one ends, with threads in place of processes."""
 
-import json
 import os
 import queue
 import signal
 import socket
-import ssl
 import threading
 import time
 
 import pytest
 from commands import free_port
 from company import Company, each
+from strangers import STRANGERS, visit
 
 from dmd_jax.errors import UserError
 from dmd_jax.parallel import lifeline, processes
@@ -148,96 +147,6 @@ def test_process_0_listens_at_its_address_alone(monkeypatch, host, bind, expecte
     zero.join()
     assert found == expected
     assert "missing: 1" in texts[0]
-
-
-def greeting(token, process=1, count=2):
-    """As a process of the run greets that has this token."""
-
-    def greet(stranger):
-        challenge = json.loads(stranger.makefile("rb").readline())
-        hello = [process, count, "stranger", "nonce"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DMD_JAX_TOKEN", token)
-            proof = lifeline._proof(challenge, hello)
-        lifeline._send(stranger, [hello, proof])
-
-    return greet
-
-
-def hello_of_tls(stranger):
-    stranger.settimeout(1)
-    context = ssl.create_default_context()
-    with pytest.raises((ssl.SSLError, OSError)):
-        context.wrap_socket(stranger, server_hostname="localhost")
-
-
-def slowly(stranger):
-    for _ in range(5):
-        stranger.sendall(b"[")
-        time.sleep(0.1)
-
-
-def replay(stranger):
-    """A whole greeting of the run's own, of another connection."""
-    hello = [1, 2, "stranger", "nonce"]
-    lifeline._send(stranger, [hello, lifeline._proof("a challenge of before", hello)])
-
-
-STRANGERS = {
-    "port scan": lambda stranger: None,
-    "half-open": lambda stranger: time.sleep(0.5),
-    "half-closed": lambda stranger: stranger.shutdown(socket.SHUT_WR),
-    "http": lambda stranger: stranger.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"),
-    "http 2 of grpc": lambda stranger: stranger.sendall(
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
-    ),
-    "tls": hello_of_tls,
-    "ssh": lambda stranger: stranger.sendall(b"SSH-2.0-OpenSSH_9.6\r\n"),
-    "redis": lambda stranger: stranger.sendall(b"*1\r\n$4\r\nPING\r\n"),
-    "zeros": lambda stranger: stranger.sendall(bytes(100_000)),
-    "random bytes": lambda stranger: stranger.sendall(os.urandom(10_000) + b"\n"),
-    "a line without end": lambda stranger: stranger.sendall(b"x" * 3_000_000),
-    "a slow sender": slowly,
-    "an empty line": lambda stranger: stranger.sendall(b"\n"),
-    "json": lambda stranger: stranger.sendall(b"[1]\n"),
-    "deep json": lambda stranger: stranger.sendall(b"[" * 100_000 + b"\n"),
-    "a huge number": lambda stranger: stranger.sendall(b"9" * 100_000 + b"\n"),
-    "not utf-8": lambda stranger: stranger.sendall(b"\xff\xfe\n"),
-    "the right shape without a proof": lambda stranger: stranger.sendall(
-        b'[[1, 2, "stranger", "nonce"], null]\n'
-    ),
-    "a proof that is no ascii": lambda stranger: stranger.sendall(
-        '[[1, 2, "stranger", "nonce"], "é"]\n'.encode()
-    ),
-    "another token": greeting("of another run"),
-    "no token": greeting(""),
-    "a replay": replay,
-    "an end of the earlier protocol": lambda stranger: stranger.sendall(
-        b'{"ended": "x", "code": 0}\n["x", 0]\n'
-    ),
-    "reset": lambda stranger: stranger.setsockopt(
-        socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
-    ),
-}
-
-
-def visit(port, behave):
-    """A stranger, who finds process 0 listening at the latest after 10 seconds."""
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            stranger = socket.create_connection(("127.0.0.1", port), timeout=5)
-            break
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    with stranger:
-        try:
-            behave(stranger)
-            stranger.settimeout(0.2)
-            return stranger.recv(1000)
-        except OSError:
-            return b""
 
 
 def test_strangers_end_no_run_and_are_told_nothing(monkeypatch, capfd):

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 from commands import ROOT, TINY, fails, finish, free_port, start, succeeds
+from company import each
+from strangers import STRANGERS, visit
 
 from dmd_jax.checkpoints import restore_subtree
 from dmd_jax.metrics import read_metrics
@@ -154,6 +156,23 @@ def test_processes_of_different_configs_write_nothing(tmp_path):
         ) in output
         assert output.count("error:") == 1
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_strangers_end_no_run_and_a_killed_process_ends_it_by_one_line(several, killed):
+    run = several(3, program=(ROOT / "tests" / "waiting.py",))
+    for process in run:
+        assert process.stdout.readline() == "joined\n"
+    port = int(run[0].args[run[0].args.index("--coordinator") + 1].rpartition(":")[2])
+    # JAX's coordinator has the port by now.
+    each(len(STRANGERS), lambda index: visit(port, list(STRANGERS.values())[index]))
+    time.sleep(0.5)
+    assert [process.poll() for process in run] == [None] * 3
+    began = time.monotonic()
+    run.pop(killed).send_signal(signal.SIGKILL)
+    line = f"dmd-jax: error: process {killed} ({HOST}) is gone; its own output may tell why\n"
+    assert [finish(process, LOST) for process in run] == [line] * 2
+    assert time.monotonic() - began < 5
 
 
 def test_a_process_that_does_not_come_is_reported(capsys, tmp_path):
