@@ -395,7 +395,8 @@ def test_dry_run_prints_what_would_be_done_and_does_nothing(bench):
     (start,) = (word for word in lines[7] if word.startswith("--command="))
     words = shlex.split(start.removeprefix("--command="))
     assert words[:3] == ["bash", "dmd_jax/code/launch/tpu/worker.sh", "start"]
-    assert words[4:] == [
+    assert re.fullmatch("DMD_JAX_TOKEN=[0-9a-f]{32}", words[4])
+    assert words[5:] == [
         "JAX_PLATFORMS=tpu,cpu",
         "JAX_COMPILATION_CACHE_DIR=gs://bucket/my run/jax_cache",
         "--",
