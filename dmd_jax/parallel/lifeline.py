@@ -1,11 +1,12 @@
 """Who of a run's processes has come, and how each one ends: what JAX's engine cannot tell.
 
 Where a process does not come, or another one dies, JAX's client (0.10 and 0.12) names nobody and
-aborts with a C++ trace, and a Python callback for that dies of std::bad_cast. So process 0 calls
-the roll before JAX connects, at the coordinator's address and no other interface, and the others
-keep these connections until they end. Each side proves by HMAC over the other's challenge that it
-has the same DMD_JAX_TOKEN. JAX's coordinator takes the port after the roll call, and the others
-reach it by a relay of their own, which does not close when process 0 dies: the lifeline tells it.
+aborts with a C++ trace, and a Python callback for that dies of std::bad_cast. Nor does JAX 0.10
+know a password. So process 0 listens at the coordinator's address, on no other interface, and calls
+the roll before JAX connects; the others keep these connections until they end. Each side proves by
+HMAC over the other's challenge that it has the same DMD_JAX_TOKEN. JAX's coordinator is at process
+0's loopback, and the others reach it through the same port, by a relay that does not close towards
+JAX when process 0 dies: the lifeline tells it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class _Server(socketserver.ThreadingTCPServer):
 class Lifeline:
     """Connections from process 0 to each other process, open until these end.
 
-    It returns once all processes have come; the address is free again then.
+    It returns once all processes have come. `coordinator` is the address of JAX's coordinator then,
+    as this process reaches it.
 
     Args:
       address: HOST:PORT, where process 0 listens, or at JAX_COORDINATOR_BIND_ADDRESS if its own
@@ -75,7 +77,7 @@ class Lifeline:
         on_end: Callable[[str, int, bool], None],
     ):
         self.index, self.hosts = index, [""] * count
-        self.bound = address  # IP:PORT where process 0 listened
+        self.coordinator = ""
         self._address, self._on_end, self._over = address, on_end, False
         self._sockets: dict[int, socket.socket] = {}
         self._changed = threading.Condition()
@@ -107,21 +109,6 @@ class Lifeline:
         with self._changed:
             self._changed.wait_for(lambda: not self._sockets, seconds)
 
-    def relay(self) -> str:
-        """An address of this machine that reaches JAX's coordinator, and outlives it."""
-        if self.index == 0:
-            return self.bound
-        server = _Server("127.0.0.1", 0, self._forward)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"127.0.0.1:{server.server_address[1]}"
-
-    def _forward(self, near: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # JAX's client tries again, and this process ends.
-            far = socket.create_connection(_parts(self._address))
-            threading.Thread(target=_pump, args=(far, near), daemon=True).start()
-            _pump(near, far)
-            far.shutdown(socket.SHUT_RDWR)
-
     def _follow(self, process: int, stream) -> None:
         """Waits for a word of the process at the other end, or for its end."""
         line, code, told = f"{self.name(process)} is gone; its own output may tell why", LOST, False
@@ -147,7 +134,7 @@ class Lifeline:
                 f"--coordinator {self._address}: process 0 cannot listen at port {port} of {host}: "
                 f"{error.strerror}"
             ) from error
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         with self._changed:
             self._changed.wait_for(lambda: self._refusal or all(self.hosts), timeout)
             self._called = True
@@ -157,12 +144,12 @@ class Lifeline:
                     f"{len(self.hosts) - len(missing)} of {len(self.hosts)} processes came within "
                     f"{timeout:g} s; missing: {shown(missing)}"
                 )
-        server.shutdown()
-        server.server_close()
-        family, (ip, port) = server.address_family, server.server_address[:2]
-        self.bound = f"[{ip}]:{port}" if family == socket.AF_INET6 else f"{ip}:{port}"
         if self._refusal:
             self.part()
+            server.shutdown()
+            server.server_close()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.coordinator = f"127.0.0.1:{free.getsockname()[1]}"
         answer = [self.hosts, self._refusal]
         for process, connection in list(self._sockets.items()):
             _send(connection, [answer, _proof(self._nonces[process], answer)])
@@ -181,6 +168,11 @@ class Lifeline:
                 return
             connection.settimeout(None)
         except Exception:  # A stranger may send anything.
+            return
+        if nonce is None:
+            with contextlib.suppress(OSError, ValueError):  # It is not there yet: as _relay.
+                local = socket.create_connection(_parts(self.coordinator))
+                _join(stream, connection, local.makefile("rb"), local)
             return
         with self._changed:
             if self._called:
@@ -219,10 +211,8 @@ class Lifeline:
                     ) from error
                 time.sleep(_RETRY_SECONDS)
         nonce = secrets.token_hex()
-        hello = [self.index, len(self.hosts), host, nonce]
         try:
-            stream = _stream(connection)
-            _send(connection, [hello, _proof(_receive(stream), hello)])
+            stream = self._introduce(connection, nonce)
             connection.settimeout(timeout + _MORE_SECONDS)
             answer, proof = _receive(stream)
             if not hmac.compare_digest(proof, _proof(nonce, answer)):
@@ -237,12 +227,41 @@ class Lifeline:
             ) from error
         self._sockets[0] = connection
         threading.Thread(target=self._follow, args=(0, stream), daemon=True).start()
+        relay = _Server("127.0.0.1", 0, self._relay)
+        threading.Thread(target=relay.serve_forever, daemon=True).start()
+        self.coordinator = f"127.0.0.1:{relay.server_address[1]}"
+
+    def _introduce(self, connection: socket.socket, nonce: str | None):
+        """Says to process 0 who this is; returns what comes of it.
+
+        Args:
+          nonce: for its proof at the roll call; None for a connection to JAX's coordinator.
+        """
+        stream = _stream(connection)
+        hello = [self.index, len(self.hosts), self.hosts[self.index], nonce]
+        _send(connection, [hello, _proof(_receive(stream), hello)])
+        return stream
+
+    def _relay(self, near: socket.socket) -> None:
+        """Takes a connection of JAX's client to process 0, and keeps it when that is gone."""
+        with contextlib.suppress(OSError, ValueError):  # JAX's client tries again.
+            far = socket.create_connection(_parts(self._address))
+            stream = self._introduce(far, None)
+            far.settimeout(None)
+            _join(near.makefile("rb"), near, stream, far)
 
 
-def _pump(source: socket.socket, sink: socket.socket) -> None:
+def _join(stream, connection: socket.socket, other_stream, other: socket.socket) -> None:
+    """Passes on what comes at either connection until the first one ends, which ends the other."""
+    threading.Thread(target=_pump, args=(other_stream, connection), daemon=True).start()
+    _pump(stream, other)
+    other.shutdown(socket.SHUT_RDWR)
+
+
+def _pump(source, sink: socket.socket) -> None:
     """Passes on what comes until the source ends, even where nobody takes it any more."""
     with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
+        while data := source.read1(1 << 16):
             with contextlib.suppress(OSError):
                 sink.sendall(data)
 

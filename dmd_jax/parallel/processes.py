@@ -120,13 +120,13 @@ def join_processes(
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            _lifeline.relay(),
+            _lifeline.coordinator,
             cluster.count,
             cluster.index,
             local_device_ids=cluster.devices,
             initialization_timeout=max(int(timeout), 1),
             cluster_detection_method="deactivate",
-            coordinator_bind_address=_lifeline.bound,
+            coordinator_bind_address=_lifeline.coordinator,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--coordinator {cluster.address}: {first_line(error)}") from error

@@ -20,7 +20,7 @@ from dmd_jax.parallel import processes
 from dmd_jax.parallel.processes import Processes
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_POLL_SECONDS = 0.25  # between two looks whether another process has been asked
+_POLL_SECONDS = 1.0  # between two looks whether another process has been asked
 _meetings = itertools.count()
 
 
@@ -100,6 +100,7 @@ class _Meeting:
                     self._receive(number[0])
                 except TimeoutError:
                     self._look()
+                reader.settimeout(_POLL_SECONDS / 10 if self._told else _POLL_SECONDS)
             # The others may be asked when this process has done its last step.
             self._tell_position()
 

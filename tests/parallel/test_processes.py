@@ -159,14 +159,22 @@ def test_processes_of_different_configs_write_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_strangers_end_no_run_and_a_killed_process_ends_it_by_one_line(several, killed):
+def test_strangers_end_no_run_and_a_killed_process_ends_it_by_one_line(
+    several, killed, monkeypatch
+):
+    monkeypatch.setenv("DMD_JAX_TOKEN", "of this run")
     run = several(3, program=(ROOT / "tests" / "waiting.py",))
     for process in run:
         assert process.stdout.readline() == "joined\n"
     port = int(run[0].args[run[0].args.index("--coordinator") + 1].rpartition(":")[2])
-    # JAX's coordinator has the port by now.
+    client = (
+        "import jax; jax.distributed.initialize("
+        f"'127.0.0.1:{port}', 3, 1, initialization_timeout=1, cluster_detection_method='deactivate')"
+    )
+    jaxs_own = start("-c", client, program=())
     each(len(STRANGERS), lambda index: visit(port, list(STRANGERS.values())[index]))
-    time.sleep(0.5)
+    jaxs_own.communicate(timeout=100)
+    assert jaxs_own.returncode != 0
     assert [process.poll() for process in run] == [None] * 3
     began = time.monotonic()
     run.pop(killed).send_signal(signal.SIGKILL)
