@@ -169,7 +169,7 @@ def test_strangers_end_no_run_and_a_killed_process_ends_it_by_one_line(
     port = int(run[0].args[run[0].args.index("--coordinator") + 1].rpartition(":")[2])
     client = (
         "import jax; jax.distributed.initialize("
-        f"'127.0.0.1:{port}', 3, 1, initialization_timeout=1, cluster_detection_method='deactivate')"
+        f"'127.0.0.1:{port}', 3, 1, [0], initialization_timeout=1)"
     )
     jaxs_own = start("-c", client, program=())
     each(len(STRANGERS), lambda index: visit(port, list(STRANGERS.values())[index]))
