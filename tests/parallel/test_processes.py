@@ -158,14 +158,46 @@ def test_processes_of_different_configs_write_nothing(tmp_path):
     assert not workdir.exists()
 
 
+def joined(several, count, *argv):
+    """So many processes of tests/waiting.py that have done a step."""
+    run = several(count, *argv, program=(ROOT / "tests" / "waiting.py",))
+    for process in run:
+        assert process.stdout.readline() == "joined\n"
+    return run
+
+
+@pytest.mark.parametrize(("asked", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
+def test_a_signal_to_one_stops_all_at_one_step(several, asked, number):
+    run = joined(several, 3)
+    time.sleep(0.5)
+    run[asked].send_signal(number)
+    others = [process for process in run if process is not run[asked]]
+    outputs = [finish(run[asked], number), *(finish(one, signal.SIGTERM) for one in others)]
+    steps = {re.match(r"stopped at (\d+) by \d+\n$", output)[1] for output in outputs}
+    assert len(steps) == 1 and int(steps.pop()) > 101
+
+
+def test_a_second_signal_ends_a_run_that_hangs(several):
+    run = joined(several, 3, "--hang")
+    time.sleep(1)
+    run[1].send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert [process.poll() for process in run] == [None] * 3
+    run[1].send_signal(signal.SIGTERM)
+    line = "ended by a second signal that asked it to stop\n"
+    assert finish(run[1], 143) == f"dmd-jax: {line}"
+    for process in (run[0], run[2]):
+        assert finish(process, 143) == f"dmd-jax: error: process 1 ({HOST}) {line}".replace(
+            ") ended", ") ended:"
+        )
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_strangers_end_no_run_and_a_killed_process_ends_it_by_one_line(
     several, killed, monkeypatch
 ):
     monkeypatch.setenv("DMD_JAX_TOKEN", "of this run")
-    run = several(3, program=(ROOT / "tests" / "waiting.py",))
-    for process in run:
-        assert process.stdout.readline() == "joined\n"
+    run = joined(several, 3)
     port = int(run[0].args[run[0].args.index("--coordinator") + 1].rpartition(":")[2])
     client = (
         "import jax; jax.distributed.initialize("
