@@ -1,7 +1,8 @@
 """How a run learns from SIGTERM and SIGINT that it shall save and stop.
 
 `multihost_utils.reached_preemption_sync_point` would not do for several processes: it hears SIGTERM
-alone, and takes it away from Python, so that nobody learns of a second signal.
+alone, takes it from Python, which then hears no second one, and holds Python's lock while it waits
+for JAX's coordinator, which is reached through Python (lifeline.py).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def stop_requests(step: int) -> Iterator[Callable[[int], int]]:
       step: where the run goes on.
     """
     run = processes.processes()
-    with _of_one() if run is None else _Meeting(run, step).requests() as requested:
+    with _of_one() if run is None else _of_several(_Meeting(run, step)) as requested:
         yield requested
 
 
@@ -52,6 +53,24 @@ def _of_one() -> Iterator[Callable[[int], int]]:
         yield lambda step: received[0] if received else 0
 
 
+@contextmanager
+def _of_several(meeting: _Meeting) -> Iterator[Callable[[int], int]]:
+    reader, writer = socket.socketpair()
+    with reader, writer, _handled_by(lambda number, frame: None):
+        writer.setblocking(False)
+        # A thread, as the main one may be waiting for another process in a step. Python writes the
+        # numbers of the signals there even then.
+        listener = threading.Thread(target=meeting.listen, args=(reader,), daemon=True)
+        listener.start()
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield meeting.requested
+        finally:
+            signal.set_wakeup_fd(before)
+            writer.close()
+            listener.join()
+
+
 class _Meeting:
     """The first step that no process has passed when all have heard that one was asked to stop."""
 
@@ -60,25 +79,8 @@ class _Meeting:
         self._position, self._told, self._stop_at = step, False, None
         self._changed, self._received = threading.Condition(), []
 
-    @contextmanager
-    def requests(self) -> Iterator[Callable[[int], int]]:
-        """As `stop_requests`."""
-        reader, writer = socket.socketpair()
-        with reader, writer, _handled_by(lambda number, frame: None):
-            writer.setblocking(False)
-            # A thread, as the main one may be waiting for another process in a step. Python writes
-            # the numbers of the signals there even then.
-            listener = threading.Thread(target=self._listen, args=(reader,), daemon=True)
-            listener.start()
-            before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-            try:
-                yield self._requested
-            finally:
-                signal.set_wakeup_fd(before)
-                writer.close()
-                listener.join()
-
-    def _requested(self, step: int) -> int:
+    def requested(self, step: int) -> int:
+        """As `stop_requests`; waits for the others' positions once this process told its own."""
         with self._changed:
             if not self._told:
                 self._position = step
@@ -88,11 +90,12 @@ class _Meeting:
             return 0
         return self._received[0] if self._received else signal.SIGTERM
 
-    def _listen(self, reader: socket.socket) -> None:
-        reader.settimeout(_POLL_SECONDS)
+    def listen(self, reader: socket.socket) -> None:
+        """Takes signals until the writer's end is closed, and looks for those of others."""
         # Where the store is gone, the lifeline ends this process.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             while True:
+                reader.settimeout(_POLL_SECONDS / 10 if self._told else _POLL_SECONDS)
                 try:
                     number = reader.recv(1)
                     if not number:
@@ -100,7 +103,6 @@ class _Meeting:
                     self._receive(number[0])
                 except TimeoutError:
                     self._look()
-                reader.settimeout(_POLL_SECONDS / 10 if self._told else _POLL_SECONDS)
             # The others may be asked when this process has done its last step.
             self._tell_position()
 
@@ -127,10 +129,9 @@ class _Meeting:
 
     def _tell_position(self) -> None:
         with self._changed:
-            if self._told:
-                return
-            self._told = True
-        self._run.share(f"{self._name}/position", self._position)
+            told, self._told = self._told, True
+        if not told:
+            self._run.share(f"{self._name}/position", self._position)
 
 
 @contextmanager
