@@ -10,12 +10,12 @@ import time
 import pytest
 
 
-def greeting(token, challenge=None):
+def greeting(token, challenge=None, count=2):
     """As a process of the run greets that has this token, to the challenge that comes."""
 
     def greet(stranger):
         heard = json.loads(stranger.makefile("rb").readline())
-        hello = [1, 2, "stranger", "nonce"]
+        hello = [1, count, "stranger", "nonce"]
         content = json.dumps([challenge or heard, hello]).encode()
         proof = hmac.new(token.encode(), content, "sha256").hexdigest()
         stranger.sendall(json.dumps([hello, proof]).encode() + b"\n")

@@ -119,6 +119,9 @@ class Lifeline:
         with self._changed:
             self._sockets.pop(process, None)
             self._changed.notify_all()
+            if not self._called and not self._refusal:
+                self.hosts[process] = ""  # It may come again.
+                return
         if self.part():
             if self.index == 0:
                 self.tell(line, code)
@@ -225,7 +228,7 @@ class Lifeline:
                 "a process 0 that waits for it; expected a free port for each run, each process "
                 "once, and the same DMD_JAX_TOKEN in all"
             ) from error
-        self._sockets[0] = connection
+        self._sockets[0], self._called = connection, True
         threading.Thread(target=self._follow, args=(0, stream), daemon=True).start()
         relay = _Server("127.0.0.1", 0, self._relay)
         threading.Thread(target=relay.serve_forever, daemon=True).start()

@@ -199,7 +199,7 @@ def _exit(said: str, code: int) -> None:
         print(said, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-    if _lifeline.index == 0:
+    if _lifeline is not None and _lifeline.index == 0:
         # JAX's coordinator lives here, and its clients abort where it is gone.
         _lifeline.wait_until_gone(5.0)
     os._exit(code)

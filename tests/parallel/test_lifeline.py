@@ -10,7 +10,7 @@ import time
 import pytest
 from commands import free_port
 from company import Company, each
-from strangers import STRANGERS, visit
+from strangers import STRANGERS, greeting, visit
 
 from dmd_jax.errors import UserError
 from dmd_jax.parallel import lifeline, processes
@@ -169,6 +169,27 @@ def test_strangers_end_no_run_and_are_told_nothing(monkeypatch, capfd):
     time.sleep(0.5)
     assert not results[0]._over
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_process_that_dies_before_all_have_come_may_come_again(monkeypatch):
+    monkeypatch.setenv("DMD_JAX_TOKEN", "of this run")
+    address, gone = f"127.0.0.1:{free_port()}", threading.Event()
+
+    def come_and_go(process):
+        greeting("of this run", count=3)(process)
+        process.shutdown(socket.SHUT_WR)
+        process.settimeout(10)
+        assert process.recv(1) == b""  # process 0 has seen it go
+        gone.set()
+
+    def action(index):
+        if index == 1:
+            visit(int(address.split(":")[1]), come_and_go)
+        if index == 2:
+            assert gone.wait(20)
+        return call(address, index, 3, timeout=20).hosts
+
+    assert each(3, action) == [[HOST] * 3] * 3
 
 
 def test_whoever_has_another_token_is_told_so(monkeypatch):
