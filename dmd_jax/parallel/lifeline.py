@@ -143,9 +143,11 @@ class Lifeline:
             self._called = True
             missing = [str(i) for i, host in enumerate(self.hosts) if not host]
             if missing and not self._refusal:
+                at = server.server_address[0]
                 self._refusal = (
                     f"{len(self.hosts) - len(missing)} of {len(self.hosts)} processes came within "
                     f"{timeout:g} s; missing: {shown(missing)}"
+                    + (f"; process 0 listened at {at}" if at != host else "")
                 )
         if self._refusal:
             self.part()
