@@ -194,7 +194,7 @@ class SpatialAttention(nn.Module):
         """x [B, H, W, C] -> [B, H, W, C]; the context is the U-Net's, here there is none."""
         h = GroupNorm(_EPSILON, self.groups, name="group_norm")(x)
         h = h.reshape(x.shape[0], -1, x.shape[-1])
-        h = project_and_attend(h, h, num_heads=1, use_bias=True, dtype=self.dtype)
+        h = project_and_attend(h, h, num_heads=1, use_bias=True, dtype=self.dtype, result=x.dtype)
         return x + h.reshape(x.shape)
 
 

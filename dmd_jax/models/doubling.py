@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dmd_jax.models.folding import add_bias, convolve, folded_kernel
+from dmd_jax.models.products import product_in
 from dmd_jax.sharding import gathered, platform_in_use
 
 
@@ -19,33 +23,37 @@ class DoublingConv(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     folded: bool = False  # the images, before and after: see `folding`
     dtype: jnp.dtype = jnp.float32
+    result: jnp.dtype | None = None  # of what is returned, see `product_in`; None is `dtype`
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, H, W, C] -> [B, 2H, 2W, features], or both folded."""
         shape = (3, 3, x.shape[-1] // (1 + self.folded), self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        x = x.astype(self.dtype)
         # A TPU takes half the time for it as one convolution, by its compiler; a CPU ten times
         # longer for the gradient.
         if self.folded or platform_in_use() == "tpu":
-            y = as_one(x, kernel, folded=self.folded)
+            product = functools.partial(as_one, folded=self.folded)
         else:
-            y = one_by_one(x, kernel)
+            product = one_by_one
+        y = product_in(product, x.astype(self.dtype), kernel, self.result)
         if not self.use_bias:
             return y
         return add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32))
 
 
-def one_by_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [B, H, W, C] enlarged, and then convolved by a kernel [3, 3, C, F]; in x's dtype."""
+def one_by_one(x: jax.Array, kernel: jax.Array, **wanted: Any) -> jax.Array:
+    """x [B, H, W, C] enlarged, and then convolved by a kernel [3, 3, C, F]; in x's dtype.
+
+    wanted: preferred_element_type, of another one.
+    """
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
     x = x.reshape(batch, 2 * height, 2 * width, channels)
-    return convolve(x, kernel)
+    return convolve(x, kernel, **wanted)
 
 
-def as_one(x: jax.Array, kernel: jax.Array, *, folded: bool = False) -> jax.Array:
+def as_one(x: jax.Array, kernel: jax.Array, *, folded: bool = False, **wanted: Any) -> jax.Array:
     """What `one_by_one` returns, without writing the enlarged image; of folded images as well.
 
     To repeat each pixel twice along both axes is to convolve the image with zeros between its
@@ -64,6 +72,7 @@ def as_one(x: jax.Array, kernel: jax.Array, *, folded: bool = False) -> jax.Arra
         [(2, 2)] * 2,
         lhs_dilation=(2, 2),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        **wanted,
     )
 
 

@@ -8,6 +8,7 @@ time, and the images half of the memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,11 +55,12 @@ def folded_kernel(
     return jnp.stack(of_taps, axis=1)
 
 
-def convolve(x: jax.Array, kernel: jax.Array, *, folded: bool = False) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, *, folded: bool = False, **wanted: Any) -> jax.Array:
     """A 3x3 convolution with one zero at each edge, in x's dtype.
 
     Args:
       x: [B, H, W, C], or folded [B, H, W/2, 2C]. kernel: [3, 3, C, F].
+      wanted: preferred_element_type, of another dtype.
 
     Returns:
       [B, H, W, F], folded as x is.
@@ -67,7 +69,7 @@ def convolve(x: jax.Array, kernel: jax.Array, *, folded: bool = False) -> jax.Ar
     if folded:
         kernel = folded_kernel(kernel, (-1, 0, 1), lambda tap, p, right: 2 * tap + p == right)
     numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers, **wanted)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

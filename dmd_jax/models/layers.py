@@ -8,6 +8,7 @@ compute in, norms and softmax are float32.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from jax import lax
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.attention import attend
+from dmd_jax.models.products import product_in, rounded_operands
 from dmd_jax.sharding import gathered, keep_rows
 
 SQRT_HALF = math.sqrt(0.5)
@@ -82,24 +84,43 @@ def conv(
     *,
     name: str,
     dtype: jnp.dtype,
+    result: jnp.dtype | None = None,
     init: nn.initializers.Initializer = XAVIER.hidden,
-    extra_padding: int = 0,
+    strides: int = 1,
+    padding: int | Sequence[tuple[int, int]] | None = None,
 ) -> nn.Conv:
-    """A size x size convolution, zero-padded to keep the image's size (and extra_padding more)."""
+    """A size x size convolution that computes in `dtype`.
+
+    Args:
+      result: the dtype of what it returns, see `product_in`; None: `dtype`.
+      padding: zeros at the edges; None: as many as keep the image's size.
+    """
     return nn.Conv(
         features,
         (size, size),
-        padding=size // 2 + extra_padding,
+        strides,
+        padding=size // 2 if padding is None else padding,
         kernel_init=init,
-        conv_general_dilated=convolution,
+        conv_general_dilated=functools.partial(_convolution, result=result),
+        promote_dtype=functools.partial(rounded_operands, result=result),
         dtype=dtype,
         name=name,
     )
 
 
-def convolution(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+def _convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    *args: Any,
+    result: jnp.dtype | None,
+    **options: Any,
+) -> jax.Array:
     """lax.conv_general_dilated, for which the kernel is gathered."""
-    return lax.conv_general_dilated(x, gathered(kernel), *args, **options)
+
+    def product(x: jax.Array, kernel: jax.Array, **wanted: Any) -> jax.Array:
+        return lax.conv_general_dilated(x, gathered(kernel), *args, **options, **wanted)
+
+    return product_in(product, x, kernel, result)
 
 
 class RowsDense(nn.Dense):
@@ -153,6 +174,7 @@ class GroupNorm(nn.Module):
     epsilon: float = 1e-6
     groups: int | None = None  # None: 32, or fewer where a group would have less than 4 channels
     dtype: jnp.dtype | None = None  # of the result; None is the input's
+    one_pass: bool = False  # over float32 too: see below
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -176,9 +198,10 @@ class GroupNorm(nn.Module):
 
         values = x.astype(jnp.float32)
         mean = group_mean(values)
-        if x.dtype == jnp.bfloat16:
+        if self.one_pass or x.dtype == jnp.bfloat16:
             # Both sums are made while x is written. That the difference cancels where the mean is
-            # large changes it by less than rounding x has: 2^-24 to 2^-18 of mean^2.
+            # large changes it by less than rounding x to bfloat16 does, before or after the norm:
+            # 2^-24 to 2^-18 of mean^2.
             variance = jnp.maximum(group_mean(jnp.square(values)) - jnp.square(mean), 0)
         else:
             # The variance is stationary in the mean, so its gradient need not wait for the sum over

@@ -166,7 +166,7 @@ class SongUNet(nn.Module, Levels):
     def _fused_down(self, x, features, name):
         # Both paddings are the convolution's, so the filter blurs an image with a known margin.
         margin = filter_padding(self.resample_filter)
-        x = conv(features, 3, name=name, dtype=self.dtype, extra_padding=margin)(x)
+        x = conv(features, 3, name=name, dtype=self.dtype, padding=1 + margin)(x)
         return downsample(x, self.resample_filter, padding=0)
 
     def _decode(self, x, skips, block):

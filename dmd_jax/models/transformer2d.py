@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax.models.layers import XAVIER, GroupNorm, gelu, layer_norm
+from dmd_jax.models.products import linear, product_in, rounded_operands
 from dmd_jax.models.unet2d_blocks import project_and_attend
 
 # Of the GroupNorm before the transformer, whatever norm_eps the residual blocks have.
@@ -26,9 +27,11 @@ class Transformer2D(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """x [B, H, W, C], context [B, S, D] -> [B, H, W, C]."""
-        project = nn.Dense if self.use_linear_projection else PixelConv
-        project = functools.partial(project, x.shape[-1], dtype=self.dtype)
-        h = GroupNorm(_EPSILON, self.groups, name="norm")(x).reshape(x.shape[0], -1, x.shape[-1])
+        project = linear if self.use_linear_projection else PixelConv
+        project = functools.partial(project, x.shape[-1], dtype=self.dtype, result=x.dtype)
+        rounds = self.dtype == jnp.bfloat16
+        h = GroupNorm(_EPSILON, self.groups, one_pass=rounds, name="norm")(x)
+        h = h.reshape(x.shape[0], -1, x.shape[-1])
         h = project(name="proj_in")(h)
         h = TransformerBlock(self.num_heads, dtype=self.dtype, name="transformer_blocks_0")(
             h, context
@@ -45,6 +48,7 @@ class PixelConv(nn.Module):
 
     features: int
     dtype: jnp.dtype = jnp.float32
+    result: jnp.dtype | None = None  # of what is returned, see `product_in`; None is `dtype`
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -53,8 +57,8 @@ class PixelConv(nn.Module):
             "kernel", XAVIER.hidden, (1, 1, x.shape[-1], self.features), jnp.float32
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return x @ kernel[0, 0] + bias
+        x, kernel, bias = rounded_operands(x, kernel, bias, dtype=self.dtype, result=self.result)
+        return product_in(jnp.matmul, x, kernel[0, 0], self.result) + bias
 
 
 class TransformerBlock(nn.Module):
@@ -65,13 +69,14 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """x [B, L, C], context [B, S, D] -> [B, L, C]."""
+        """x [B, L, C], context [B, S, D] -> [B, L, C], in x's dtype."""
+        attention = functools.partial(Attention, self.num_heads, dtype=self.dtype, result=x.dtype)
         h = layer_norm(name="norm1", dtype=self.dtype)(x)
-        x = x + Attention(self.num_heads, dtype=self.dtype, name="attn1")(h, h)
+        x = x + attention(name="attn1")(h, h)
         h = layer_norm(name="norm2", dtype=self.dtype)(x)
-        x = x + Attention(self.num_heads, dtype=self.dtype, name="attn2")(h, context)
+        x = x + attention(name="attn2")(h, context)
         h = layer_norm(name="norm3", dtype=self.dtype)(x)
-        return x + FeedForward(dtype=self.dtype, name="ff")(h)
+        return x + FeedForward(dtype=self.dtype, result=x.dtype, name="ff")(h)
 
 
 class Attention(nn.Module):
@@ -79,12 +84,18 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: jnp.dtype = jnp.float32
+    result: jnp.dtype = jnp.float32  # of what is returned, see `product_in`
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """x [B, L, C], context [B, S, D] -> [B, L, C]."""
         return project_and_attend(
-            x, context, num_heads=self.num_heads, use_bias=False, dtype=self.dtype
+            x,
+            context,
+            num_heads=self.num_heads,
+            use_bias=False,
+            dtype=self.dtype,
+            result=self.result,
         )
 
 
@@ -92,12 +103,13 @@ class FeedForward(nn.Module):
     """GEGLU (arXiv 2002.05202) to four times the channels and back."""
 
     dtype: jnp.dtype = jnp.float32
+    result: jnp.dtype = jnp.float32  # of what is returned, see `product_in`
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., C] -> [..., C]."""
         h = GEGLU(4 * x.shape[-1], dtype=self.dtype, name="net_0")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="net_2")(h)
+        return linear(x.shape[-1], dtype=self.dtype, result=self.result, name="net_2")(h)
 
 
 class GEGLU(nn.Module):

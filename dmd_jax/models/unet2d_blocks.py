@@ -1,12 +1,16 @@
 """The blocks that Stable Diffusion's U-Net and its autoencoder are both made of.
 
 Modules are named as in PyTorch diffusers, whose parameters they take (see convert.torch_layout).
-Parameters are float32; `dtype` is what convolutions and matmuls compute in, norms are float32.
+Parameters are float32; `dtype` is what convolutions and matmuls compute in, norms are float32. A
+block's residual stream has the dtype of the images that it is given: the U-Net's is float32 where
+it computes in bfloat16, and is rounded where a product takes it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import flax.linen as nn
 import jax
@@ -14,7 +18,9 @@ import jax.numpy as jnp
 
 from dmd_jax.models.attention import attend
 from dmd_jax.models.doubling import DoublingConv
-from dmd_jax.models.layers import XAVIER, GroupNorm, conv, convolution, dense
+from dmd_jax.models.layers import XAVIER, GroupNorm, conv, dense
+from dmd_jax.models.products import product_in, rounded_operands
+from dmd_jax.precision import at_precision
 
 Size = tuple[int, int]  # height, width
 # Makes a module that is given its fields and its name.
@@ -32,15 +38,21 @@ class ResnetBlock2D(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array | None = None) -> jax.Array:
         """x [B, H, W, C], emb [B, E] or None -> [B, H, W, features]."""
-        h = nn.silu(GroupNorm(self.epsilon, self.groups, name="norm1")(x))
-        h = conv(self.features, 3, name="conv1", dtype=self.dtype)(h)
+        rounds = self.dtype == jnp.bfloat16
+        norm = functools.partial(GroupNorm, self.epsilon, self.groups, one_pass=rounds)
+        convolve = functools.partial(conv, self.features, 3, dtype=self.dtype, result=x.dtype)
+        h = nn.silu(norm(name="norm1")(x))
+        h = convolve(name="conv1")(h)
         if emb is not None:
-            shift = dense(self.features, name="time_emb_proj")(nn.silu(emb)).astype(self.dtype)
+            shift = dense(self.features, name="time_emb_proj")(nn.silu(emb)).astype(h.dtype)
             h = h + shift[:, None, None, :]
-        h = nn.silu(GroupNorm(self.epsilon, self.groups, name="norm2")(h))
-        h = conv(self.features, 3, name="conv2", dtype=self.dtype)(h)
+        h = nn.silu(norm(name="norm2")(h))
+        h = convolve(name="conv2")(h)
         if x.shape[-1] != self.features:
-            x = conv(self.features, 1, name="conv_shortcut", dtype=self.dtype)(x)
+            # All of the stream goes through this product, which is small: a fiftieth of Stable
+            # Diffusion's. "high" is enough for what is rounded to bfloat16 before and behind.
+            with at_precision("high") if x.dtype != self.dtype else nullcontext():
+                x = conv(self.features, 1, name="conv_shortcut", dtype=x.dtype)(x)
         return x + h
 
 
@@ -57,15 +69,15 @@ class Downsample2D(nn.Module):
 
         The U-Net pads by (1, 1), the autoencoder by (0, 1); "SAME" is neither for every size.
         """
-        padding = [(self.padding_before, 1)] * 2
-        strided = nn.Conv(
+        strided = conv(
             self.features,
-            (3, 3),
-            2,
-            padding=padding,
-            conv_general_dilated=convolution,
-            dtype=self.dtype,
+            3,
             name="conv",
+            dtype=self.dtype,
+            result=x.dtype,
+            init=nn.initializers.lecun_normal(),
+            strides=2,
+            padding=[(self.padding_before, 1)] * 2,
         )
         return strided(x)
 
@@ -80,10 +92,10 @@ class Upsample2D(nn.Module):
     def __call__(self, x: jax.Array, size: Size | None = None) -> jax.Array:
         """x [B, H, W, C] -> [B, *size, features]; twice the size where `size` is None."""
         double = (2 * x.shape[1], 2 * x.shape[2])
+        options = {"name": "conv", "dtype": self.dtype, "result": x.dtype}
         if size in (None, double):
-            init = XAVIER.hidden
-            return DoublingConv(self.features, kernel_init=init, dtype=self.dtype, name="conv")(x)
-        return conv(self.features, 3, name="conv", dtype=self.dtype)(nearest(x, size))
+            return DoublingConv(self.features, kernel_init=XAVIER.hidden, **options)(x)
+        return conv(self.features, 3, **options)(nearest(x, size))
 
 
 def nearest(x: jax.Array, size: Size) -> jax.Array:
@@ -172,9 +184,17 @@ class UpBlock2D(nn.Module):
 
 
 def project_and_attend(
-    x: jax.Array, context: jax.Array, *, num_heads: int, use_bias: bool, dtype: jnp.dtype
+    x: jax.Array,
+    context: jax.Array,
+    *,
+    num_heads: int,
+    use_bias: bool,
+    dtype: jnp.dtype,
+    result: jnp.dtype,
 ) -> jax.Array:
     """Multi-head attention of x [B, L, C] to context [B, S, D], to be called in a compact method.
+
+    It returns an array of dtype `result` (see `product_in`).
 
     The layers are to_q, to_k, to_v (with biases or not) and to_out_0 (with one) of the caller.
     """
@@ -185,7 +205,7 @@ def project_and_attend(
         return projected.reshape(*source.shape[:2], num_heads, channels // num_heads)
 
     h = attend(heads("to_q", x), heads("to_k", context), heads("to_v", context))
-    return FromHeads(channels, dtype=dtype, name="to_out_0")(h)
+    return FromHeads(channels, dtype=dtype, result=result, name="to_out_0")(h)
 
 
 class FromHeads(nn.Module):
@@ -196,6 +216,7 @@ class FromHeads(nn.Module):
 
     features: int
     dtype: jnp.dtype = jnp.float32
+    result: jnp.dtype | None = None  # of what is returned, see `product_in`; None is `dtype`
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -204,6 +225,7 @@ class FromHeads(nn.Module):
         init = nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (heads * channels, self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = rounded_operands(x, kernel, bias, dtype=self.dtype, result=self.result)
         kernel = kernel.reshape(heads, channels, self.features)
-        return jnp.einsum("blhk,hkf->blf", x, kernel) + bias
+        product = functools.partial(jnp.einsum, "blhk,hkf->blf")
+        return product_in(product, x, kernel, self.result) + bias

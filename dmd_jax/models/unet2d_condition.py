@@ -124,8 +124,9 @@ class UNet2DConditionModel(nn.Module):
         downsample = functools.partial(Downsample2D, padding_before=1, dtype=self.dtype)
         upsample = functools.partial(Upsample2D, dtype=self.dtype)
 
-        # Float32, as the last layer is, and rounded once.
-        x = conv(first, 3, name="conv_in", dtype=jnp.float32)(x_t).astype(self.dtype)
+        # Where alpha is low, x0 = (x_t - sigma noise) / alpha multiplies the rounding of the noise
+        # by 15. So all that is not a product is float32, as are the first and the last layer.
+        x = conv(first, 3, name="conv_in", dtype=jnp.float32)(x_t)
         skips = [x]
         for level, features in enumerate(self.block_out_channels):
             block = DownBlock2D(
@@ -157,9 +158,7 @@ class UNet2DConditionModel(nn.Module):
             size = skips[-1].shape[1:3] if level else None
             x = block(x, emb, context, skips=own, size=size)
 
-        # Float32: where alpha is low, x0 = (x_t - sigma noise) / alpha multiplies the rounding of
-        # the noise by 15, and at the first layer that of x_t is most of what rounding there is.
-        norm = GroupNorm(self.norm_eps, self.norm_num_groups, jnp.float32, name="conv_norm_out")
+        norm = GroupNorm(self.norm_eps, self.norm_num_groups, name="conv_norm_out")
         return conv(self.out_channels, 3, name="conv_out", dtype=jnp.float32)(nn.silu(norm(x)))
 
     def _attention(self, block_type: str, level: int) -> Block | None:
