@@ -24,6 +24,7 @@ from dmd_jax.files import path_of
 from dmd_jax.leaf_digests import leaf_digests
 from dmd_jax.parallel.processes import settle
 from dmd_jax.seals import sealed, unsealed
+from dmd_jax.sharding import named_leaves
 from dmd_jax.state import TrainState, former_layout, of_former_layout
 
 log = logging.getLogger(__name__)
@@ -285,13 +286,8 @@ def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: hasattr(node, "shape")
-    )[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+    leaves = named_leaves(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
 
 def _descend(tree: Any, name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dmd_jax.errors import UserError
+from dmd_jax.errors import UserError, differing
 from dmd_jax.files import local_path
 from dmd_jax.seals import read_sealed, write_sealed
 from dmd_jax.stand_ins import check_real_file
@@ -249,14 +249,9 @@ def lasting(config: ConfigDict) -> dict[str, Any]:
 
 def check_same_run(before: dict[str, Any], after: dict[str, Any], workdir: Path) -> None:
     """Raises a UserError that names the values in which two runs, as `lasting`, differ."""
-    changed = [
-        f"{key} is {before.get(key)!r} there, {after.get(key)!r} here"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-    if changed:
+    if changed := differing(before, after, "{} is {!r} there, {!r} here"):
         raise UserError(
-            f"{workdir} holds a run with another config: {'; '.join(changed)}; "
+            f"{workdir} holds a run with another config: {changed}; "
             "expected the same values, or another --workdir"
         )
 

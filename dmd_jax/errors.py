@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -19,6 +20,19 @@ class Stopped(Exception):
     def __init__(self, step: int, signal_number: int, workdir: Path):
         super().__init__(f"stopped at step {step}; go on with --workdir {workdir}")
         self.step, self.signal_number = step, signal_number
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any], form: str) -> str:
+    """The values in which two mappings differ, for a message; "" where they are the same.
+
+    Args:
+      form: of one of them, by its name and what it is there and here; None where it is missing.
+    """
+    return "; ".join(
+        form.format(name, there.get(name), here.get(name))
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    )
 
 
 def first_line(error: BaseException) -> str:

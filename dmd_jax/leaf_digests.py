@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dmd_jax.parallel.processes import settle
+from dmd_jax.sharding import named_leaves
 
 # Odd, so that multiplying by them loses no bit: 2^32 over the golden ratio, and MurmurHash3's.
 _PLACE, _FIRST, _SECOND = np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
@@ -33,17 +34,17 @@ def leaf_digests(tree: Any) -> dict[str, str]:
     Args:
       tree: of arrays of 1, 2 or 4 bytes an element.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    leaves = named_leaves(tree)
     # All are under way before the first is waited for.
-    sums = [_own_sums(leaf) for _, leaf in leaves]
+    sums = [_own_sums(leaf) for leaf in leaves.values()]
     sums = [np.concatenate(jax.device_get(parts)).astype(np.uint64).sum(axis=0) for parts in sums]
     sums = [[int(part) for part in pair] for pair in sums]
-    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for _, leaf in leaves):
+    arrays = [leaf for leaf in leaves.values() if isinstance(leaf, jax.Array)]
+    if not all(array.is_fully_addressable for array in arrays):
         sums = settle(sums, lambda every: np.sum(every, axis=0).tolist())
     return {
         name: "".join(f"{part % (1 << 32):08x}" for part in pair)
-        for name, pair in zip(names, sums, strict=True)
+        for name, pair in zip(leaves, sums, strict=True)
     }
 
 

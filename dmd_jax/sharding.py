@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -134,6 +134,17 @@ def gathered(kernel: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(kernel, replicated(mesh))
 
 
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """A leaf's name "a/b/c", of its path in a tree as jax.tree_util has it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a tree by their names, in its order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    return {leaf_name(path): leaf for path, leaf in leaves}
+
+
 def infer_shardings(abstract: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """A NamedSharding for every leaf of a tree of arrays or ShapeDtypeStructs.
 
@@ -143,7 +154,7 @@ def infer_shardings(abstract: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> 
     """
 
     def infer(path, leaf) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = leaf_name(path)
         tactic = next((tactic for pattern, tactic in rules if re.search(pattern, name)), None)
         if tactic == "replicate":
             return replicated(mesh)

@@ -43,16 +43,6 @@ def check_real_file(path: str | os.PathLike, expected: str, *, may_be_empty: boo
         raise UserError(f"{path}: {problem}; expected {expected}")
 
 
-def dangling_link(path: Path) -> str | None:
-    """Where a link leads that leads nowhere, as the end of a sentence; None for anything else."""
-    if not path.is_symlink() or path.exists():
-        return None
-    return (
-        f"a link to {os.readlink(path)!a}, which is not there (a copy of a cache of the hub needs "
-        "its blobs as well)"
-    )
-
-
 def stand_in(beginning: bytes) -> str | None:
     """What these first bytes of a file show it to be in place of data, or None.
 
@@ -70,12 +60,22 @@ def stand_in(beginning: bytes) -> str | None:
 
 def _unreadable(path: Path) -> str | None:
     """What keeps a path of this host from being read as a file, or None."""
-    if link := dangling_link(path):
+    if link := _dangling_link(path):
         return f"is {link}"
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         return "is a folder"
     return None if stat.S_ISREG(mode) else "is no regular file but a pipe, socket or device"
+
+
+def _dangling_link(path: Path) -> str | None:
+    """Where a link leads that leads nowhere, as the end of a sentence; None for anything else."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return (
+        f"a link to {os.readlink(path)!a}, which is not there (a copy of a cache of the hub needs "
+        "its blobs as well)"
+    )
 
 
 def _beginning(path: Path) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from dmd_jax.errors import UserError
-from dmd_jax.sharding import with_shardings
+from dmd_jax.sharding import leaf_name, with_shardings
 
 
 def in_host_memory(abstract: Any) -> Any:
@@ -44,7 +44,7 @@ def random_weights(abstract: Any) -> Any:
     """
 
     def make(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = leaf_name(path)
         if len(leaf.shape) >= 2:
             return _floats(leaf)(_seed(name), 1 / math.sqrt(math.prod(leaf.shape[:-1])))
         value = 0.0 if name.endswith("bias") else 1.0

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmd_jax.convert.diffusers_config import KINDS, Kind, check_neutral, network_from_config
-from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation.clip_folder import Preparation
 from dmd_jax.models import complete
+from dmd_jax.storage.safe_pickle import shown
 
 # What older transformers write for models of every kind. The first change what a tower computes;
 # the others concern training, generating text, and the form of what is returned.

@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.discrete_samplers import SPACINGS
 from dmd_jax.errors import UserError
 from dmd_jax.models import build_network, complete
+from dmd_jax.storage.safe_pickle import shown
 
 
 @dataclasses.dataclass(frozen=True)

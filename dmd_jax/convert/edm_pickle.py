@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from dmd_jax.convert.pickled_arrays import NUMPY
-from dmd_jax.convert.safe_pickle import load, shown
 from dmd_jax.convert.torch_tensors import TENSORS, Storage, Tensor, arrays_of, read_legacy
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.stand_ins import check_real_file
+from dmd_jax.storage.pickled_arrays import NUMPY
+from dmd_jax.storage.safe_pickle import load, shown
 
 CLASS = "EDMPrecond"
 _VERSION = 6

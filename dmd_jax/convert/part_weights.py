@@ -8,9 +8,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dmd_jax.convert.given_folder import GivenFolder
-from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.stand_ins import check_real_file
+from dmd_jax.storage.safe_pickle import shown
 
 # Stems of the files' names: of diffusers' networks, and of transformers'.
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"

@@ -10,10 +10,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from dmd_jax.convert.safe_pickle import load, shown
 from dmd_jax.convert.torch_tensors import TENSORS, Storages, Tensor, arrays_of, read_legacy
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.stand_ins import check_real_file
+from dmd_jax.storage.safe_pickle import load, shown
 from dmd_jax.untrusted import read_npz
 
 

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from dmd_jax.convert.safe_pickle import CONTAINERS, load, shown
 from dmd_jax.errors import UserError
+from dmd_jax.storage.safe_pickle import CONTAINERS, load, shown
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001

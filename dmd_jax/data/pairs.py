@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from dmd_jax.data.pairs_metadata import PairsMetadata, TextPairsMetadata, read_metadata
+from dmd_jax.data.pairs_metadata import PairsMetadata, TextPairsMetadata, read_with_digest
 from dmd_jax.data.shards import ShardReader, write_shards
 from dmd_jax.errors import UserError
 from dmd_jax.files import path_of
@@ -82,11 +82,11 @@ class PairSource:
         token_length: int | None = None,
     ):
         self._folder = path_of(folder)
-        self.metadata = read_metadata(folder)
+        self.metadata, digest = read_with_digest(folder)
         self.sample_shape = self.metadata.sample_shape
         self.num_classes = self.metadata.num_classes
         self._check_expected(tuple(sample_shape), num_classes, token_length)
-        self._records = ShardReader(folder, self.metadata)
+        self._records = ShardReader(folder, self.metadata, digest)
         self._dtype, self._condition = self.metadata.record_dtype, self.metadata.condition
 
     def _check_expected(

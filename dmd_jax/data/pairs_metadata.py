@@ -101,4 +101,9 @@ class TextPairsMetadata(PairsMetadata):
 
 def read_metadata(folder: str | os.PathLike) -> PairsMetadata | TextPairsMetadata:
     """Reads a folder's metadata.json. Raises UserError if it is missing, damaged or incomplete."""
-    return shards_metadata.read_metadata(folder, PairsMetadata, TextPairsMetadata)
+    return read_with_digest(folder)[0]
+
+
+def read_with_digest(folder: str | os.PathLike) -> tuple[PairsMetadata | TextPairsMetadata, str]:
+    """As `read_metadata`, and the digest by which shards know their folder."""
+    return shards_metadata.read_with_digest(folder, PairsMetadata, TextPairsMetadata)

@@ -20,10 +20,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import local_path
 from dmd_jax.stand_ins import check_real_file
+from dmd_jax.storage.safe_pickle import shown
 
 KEYS = ("caption", "text", "prompt")
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".tar")

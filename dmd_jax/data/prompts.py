@@ -21,7 +21,7 @@ import numpy as np
 
 from dmd_jax.data.prompt_rows import BrokenRow, PromptRows
 from dmd_jax.data.shards import ShardReader, write_shards
-from dmd_jax.data.shards_metadata import ShardedMetadata, read_metadata
+from dmd_jax.data.shards_metadata import ShardedMetadata, read_with_digest
 from dmd_jax.errors import UserError
 from dmd_jax.metrics import Pace
 from dmd_jax.tokenizer import Tokenizer
@@ -131,8 +131,8 @@ class PromptSource:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.metadata = read_metadata(folder, PromptsMetadata)
-        self._records = ShardReader(folder, self.metadata)
+        self.metadata, digest = read_with_digest(folder, PromptsMetadata)
+        self._records = ShardReader(folder, self.metadata, digest)
 
     def __len__(self) -> int:
         return len(self._records)

@@ -21,7 +21,7 @@ import logging
 import operator
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from dmd_jax.data.shards_metadata import (
     metadata_sha256,
     read_metadata,
 )
-from dmd_jax.errors import UserError
+from dmd_jax.errors import UserError, differing
 from dmd_jax.files import in_bucket, path_of, replacing
 from dmd_jax.local_copies import local_folder
 from dmd_jax.seals import sealed
@@ -74,7 +74,7 @@ def write_shards(
     """
     folder = path_of(folder)
     _claim_folder(folder, metadata, process_index)
-    shards = _shards(folder, metadata)[process_index::process_count]
+    shards = _shards(metadata, metadata_sha256(folder))[process_index::process_count]
     if in_bucket(folder):
         present = folder.files()  # each was counted before it was copied there
         missing = [shard for shard in shards if shard.name not in present]
@@ -100,14 +100,14 @@ class ShardReader:
     and, when a record is read, if it is damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike, metadata: ShardedMetadata):
+    def __init__(self, folder: str | os.PathLike, metadata: ShardedMetadata, metadata_sha256: str):
         self._folder, self._metadata = path_of(folder), metadata
         self._local = self._folder  # where they are read
-        self._check_shards()
+        self._check_shards(_shards(metadata, metadata_sha256))
         self._readers, self._lock = collections.OrderedDict(), threading.Lock()
 
-    def _check_shards(self) -> None:
-        kind, shards = self._metadata.KIND, _shards(self._folder, self._metadata)
+    def _check_shards(self, shards: Sequence[_Shard]) -> None:
+        kind = self._metadata.KIND
         present = {path.name for path in self._folder.iterdir()}
         names = [shard.name for shard in shards]
         missing = [name for name in names if name not in present]
@@ -202,9 +202,9 @@ class _Shard(NamedTuple):
         return _LABEL + json.dumps(self._asdict()).encode()
 
 
-def _shards(folder: Path, metadata: ShardedMetadata) -> list[_Shard]:
-    """All shards of a folder that has its metadata.json."""
-    kind, digest = metadata.KIND, metadata_sha256(folder)
+def _shards(metadata: ShardedMetadata, metadata_sha256: str) -> list[_Shard]:
+    """All shards of a folder with this metadata.json."""
+    kind, digest = metadata.KIND, metadata_sha256
     return [
         _Shard(kind, metadata.shard_name(number), *metadata.shard_range(number), digest)
         for number in range(metadata.num_shards)
@@ -270,16 +270,11 @@ def _claim_folder(folder: Path, metadata: ShardedMetadata, process_index: int) -
     # In this order: another process may write both in between, the metadata first.
     has_shards = any(folder.glob(f"{kind}-*.array_record"))
     if path.exists():
-        ours = dataclasses.asdict(metadata)
         theirs = dataclasses.asdict(read_metadata(folder, type(metadata)))
-        differing = [
-            f"{name} {theirs[name]!r} there, {value!r} now"
-            for name, value in ours.items()
-            if value != theirs[name]
-        ]
-        if differing:
+        ours = dataclasses.asdict(metadata)
+        if different := differing(theirs, ours, "{} {!r} there, {!r} now"):
             raise UserError(
-                f"{folder}: already holds other {kind} ({'; '.join(differing)}); "
+                f"{folder}: already holds other {kind} ({different}); "
                 "expected the same settings or another folder"
             )
         return

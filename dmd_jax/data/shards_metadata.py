@@ -67,6 +67,11 @@ def read_metadata(folder: str | os.PathLike, *kinds: type[Metadata]) -> Metadata
 
     Raises UserError if it is missing, damaged or incomplete.
     """
+    return read_with_digest(folder, *kinds)[0]
+
+
+def read_with_digest(folder: str | os.PathLike, *kinds: type[Metadata]) -> tuple[Metadata, str]:
+    """As `read_metadata`, and what `metadata_sha256` returns."""
     path = path_of(folder) / METADATA_FILE
     values, _ = read_sealed(path, f"a folder written by `{kinds[0].KIND}`")
     found = set(values)
@@ -76,7 +81,7 @@ def read_metadata(folder: str | os.PathLike, *kinds: type[Metadata]) -> Metadata
     if missing or unknown:
         raise UserError(f"{path}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
     try:
-        return kind(**values)
+        return kind(**values), digest(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -84,6 +89,6 @@ def read_metadata(folder: str | os.PathLike, *kinds: type[Metadata]) -> Metadata
 def metadata_sha256(folder: str | os.PathLike) -> str:
     """SHA-256 of what a folder's metadata.json says, whatever its spaces and the order of its keys.
 
-    To be called once it has been read or written.
+    To be called once it has been written.
     """
     return digest(read_sealed(path_of(folder) / METADATA_FILE, "metadata of shards")[0])

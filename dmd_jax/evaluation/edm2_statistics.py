@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dmd_jax.convert import safe_pickle
-from dmd_jax.convert.pickled_arrays import NUMPY, PickledArray
-from dmd_jax.convert.safe_pickle import shown
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.evaluation.features import Features
 from dmd_jax.stand_ins import check_real_file
+from dmd_jax.storage import safe_pickle
+from dmd_jax.storage.pickled_arrays import NUMPY, PickledArray
+from dmd_jax.storage.safe_pickle import shown
 
 METRIC = "fid"  # of those in the file, the one whose features there are here
 PREPROCESSING = "tensorflow"  # of METRIC's detector, NVIDIA's

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dmd_jax.errors import UserError, first_line
+from dmd_jax.errors import UserError, differing, first_line
 from dmd_jax.files import replacing, write_json
 
 log = logging.getLogger(__name__)
@@ -187,13 +187,8 @@ def _together(path: Path, action: Callable[[], None]) -> None:
 
 def _check_settings(found: Any, settings: dict[str, Any], folder: Path, others: str) -> None:
     found = found if isinstance(found, dict) else {}
-    different = [
-        f"{name} {found.get(name)!r} there, {settings.get(name)!r} asked for"
-        for name in sorted(found.keys() | settings.keys())
-        if found.get(name) != settings.get(name)
-    ]
-    if different:
+    if different := differing(found, settings, "{} {!r} there, {!r} asked for"):
         raise UserError(
-            f"{folder} holds {others} ({'; '.join(different)}); expected the same settings, "
+            f"{folder} holds {others} ({different}); expected the same settings, "
             "another --out, or that folder deleted"
         )

@@ -113,7 +113,7 @@ def test_files_that_are_refused(sd, capsys, tmp_path):
     assert "leads out of the folder" in line()
     weights.unlink()
     weights.symlink_to("../../../blobs/0123\n")
-    assert f"{weights.name} is a link to '../../../blobs/0123\\n', which is not there" in line()
+    assert f"{weights.name}: is a link to '../../../blobs/0123\\n', which is not there" in line()
     weights.unlink()
     weights.write_bytes(content)
 

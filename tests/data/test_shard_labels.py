@@ -54,6 +54,23 @@ MAKERS = {"pairs": pairs_of, "prompts": prompts_of}
 kinds = pytest.mark.parametrize("kind", list(MAKERS))
 
 
+@kinds
+def test_metadata_is_read_once_when_a_folder_is_opened(tmp_path, kind, monkeypatch):
+    MAKERS[kind](tmp_path / "folder")
+    reads = []
+
+    def noted(path, *args, **options):
+        reads.append(path.name)
+        return read_sealed(path, *args, **options)
+
+    monkeypatch.setattr("dmd_jax.data.shards_metadata.read_sealed", noted)
+    if kind == "pairs":
+        PairSource(tmp_path / "folder", sample_shape=(2, 2, 1), num_classes=0)
+    else:
+        PromptSource(tmp_path / "folder")
+    assert reads == ["metadata.json"]
+
+
 def shards(folder):
     return sorted(folder.glob("*.array_record"))
 

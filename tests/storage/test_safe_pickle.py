@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch_bytes
 
-from dmd_jax.convert.pickled_arrays import NUMPY, PickledArray
-from dmd_jax.convert.safe_pickle import CONTAINERS, load
 from dmd_jax.errors import UserError
+from dmd_jax.storage.pickled_arrays import NUMPY, PickledArray
+from dmd_jax.storage.safe_pickle import CONTAINERS, load
 
 PLAIN = {
     "numbers": [0, -5, 255, 70_000, 2**90, -(2**40), 1.5, float("inf"), True, False, None],

@@ -1,0 +1,1 @@
+"""Bytes of strangers, read strictly."""
