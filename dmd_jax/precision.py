@@ -21,9 +21,34 @@ PRECISIONS = ("highest", "high", "default")
 def at_precision(precision: str) -> Any:
     """A context in which products are traced at that precision, one of PRECISIONS.
 
-    Their gradients are at it as well, wherever those are traced.
+    Their gradients are at it as well, wherever those are traced, but for functions that bring their
+    own (see `both_ways`).
     """
     return jax.default_matmul_precision(precision)
+
+
+def both_ways(precision: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of arrays, whose products and those of its gradient are at that precision.
+
+    For one whose gradient is a function of its own, which is traced after the function has returned
+    and so outside of the context that it was called in.
+    """
+
+    @jax.custom_vjp
+    def called(*args: Any) -> Any:
+        with at_precision(precision):
+            return function(*args)
+
+    def forward(*args: Any) -> tuple[Any, Any]:
+        with at_precision(precision):
+            return jax.vjp(function, *args)
+
+    def backward(pullback: Any, cotangents: Any) -> Any:
+        with at_precision(precision):
+            return pullback(cotangents)
+
+    called.defvjp(forward, backward)
+    return called
 
 
 def products(result: Mapping[str, str]) -> str:

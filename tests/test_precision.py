@@ -25,6 +25,7 @@ from dmd_jax.models.inception import class_logits, inception_template, pool3
 from dmd_jax.models.lpips import lpips, lpips_template, vgg16_features
 from dmd_jax.models.registry import _NETWORKS
 from dmd_jax.objectives import Denoising, denoising
+from dmd_jax.precision import both_ways
 from dmd_jax.schedules import NoiseLevel
 from dmd_jax.sharding import make_mesh
 from dmd_jax.teachers.edm import edm_teacher
@@ -136,6 +137,26 @@ def test_the_reader_sees_products_at_the_default_precision():
     with jax.default_matmul_precision("high"):
         found = products_of(gradient, array(2, 2), array(2, 2))
     assert {product.precision for product in found} == {("HIGH", "HIGH")}
+
+
+def test_a_gradient_of_its_own_is_at_the_precision_too():
+    """x^T W x by a function whose gradient is written out: (W + W^T) x."""
+
+    @jax.custom_vjp
+    def form(w, x):
+        return x @ w @ x
+
+    form.defvjp(
+        lambda w, x: (form(w, x), (w, x)),
+        lambda kept, g: (None, g * (kept[0] + kept[0].T) @ kept[1]),
+    )
+    w, x = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([5.0, 6.0])
+    there = both_ways("high", form)
+    with jax.default_matmul_precision("highest"):
+        gradient = jax.grad(there, argnums=1)
+        found = products_of(gradient, w, x)
+        assert len(found) == 3 and {product.precision for product in found} == {("HIGH", "HIGH")}
+        assert float(there(w, x)) == 319.0 and gradient(w, x).tolist() == [40.0, 73.0]
 
 
 def test_every_network_is_here():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 from dmd_jax.models.splash import fits, splash
-from dmd_jax.precision import at_precision
+from dmd_jax.precision import at_precision, both_ways
 from dmd_jax.sharding import device_in_use, mesh_in_use
 
 # Self-attention of fewer queries is as fast with XLA as with a kernel.
@@ -69,7 +70,8 @@ def attend(
     with at_precision("default") if q.dtype == jnp.bfloat16 else nullcontext():
         found = implementation(q, k, free=mask is None and not causal)
         if found == "splash":
-            return splash(q, k, v, mesh_in_use())
+            kernel = functools.partial(splash, mesh=mesh_in_use())
+            return both_ways("default", kernel)(q, k, v)
         if found == "parts":
             return _in_parts(q, k, v)
         if found == "heads":

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from products import products_of
 
 from dmd_jax.errors import UserError
 from dmd_jax.models import attention
@@ -119,6 +120,23 @@ def test_the_kernel_for_tpu_is_the_equation_on_each_devices_rows(keys):
     (_, found), (_, expected) = gradients(kernel), gradients(attend)
     for ours, theirs in zip(found, expected):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_the_kernel_for_tpu_takes_one_pass_whatever_the_precision_around(monkeypatch):
+    """Forward and backward; its gradient is traced where the network's precision is forgotten."""
+    mesh = make_mesh(1, 1, devices=jax.devices()[:1])
+    monkeypatch.setattr(attention, "implementation", lambda *_, **options: "splash")
+    monkeypatch.setattr(attention, "splash", functools.partial(splash, interpret=True))
+    q = jnp.zeros((1, 128, 2, 40), jnp.bfloat16)
+
+    def loss(q, k, v):
+        return jnp.sum(attend(q, k, v).astype(jnp.float32))
+
+    with jax.default_matmul_precision("highest"), program_for(mesh):
+        forward = products_of(attend, q, q, q)
+        both = products_of(jax.grad(loss, argnums=(0, 1, 2)), q, q, q)
+    assert 2 <= len(forward) < len(both)
+    assert {product.precision for product in both} == {("DEFAULT", "DEFAULT")}
 
 
 def mesh_of(device, rows=4):
