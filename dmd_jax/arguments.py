@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dmd_jax.config import flatten, resolve_config
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import check_ranges
 from dmd_jax.files import path_of
-from dmd_jax.generation import SAMPLERS, ImageMaker
-from dmd_jax.models import DTYPES, complete
+from dmd_jax.models import DTYPES
 from dmd_jax.parallel.processes import join_processes
 from dmd_jax.precision import PRECISIONS
+from dmd_jax.sampling.draws import DRAWS
+from dmd_jax.sampling.maker import ImageMaker, image_shape
+from dmd_jax.teachers.families import FAMILIES, family_of, load_pipeline
+from dmd_jax.teachers.family import Pipeline
+from dmd_jax.teachers.teacher import Tokens
 from dmd_jax.text_parts import DECODERS
-from dmd_jax.text_to_image import (
-    TEXT_SAMPLERS,
-    LatentMaker,
-    Pipeline,
-    load_pipeline,
-    pixels_a_latent,
-)
-from dmd_jax.weights import Weights, load_weights
+from dmd_jax.weights import network_of
 
 # Of heun and euler.
 SAMPLER_OPTIONS = {
@@ -33,9 +32,6 @@ SAMPLER_OPTIONS = {
     "s_max": "highest sigma with added noise",
     "s_noise": "factor on the added noise",
 }
-
-# Of images of text.
-TEXT_OPTIONS = ("parts", "guidance", "decoder", "height", "width")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +93,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sampler",
-        choices=tuple(dict.fromkeys((*SAMPLERS, *TEXT_SAMPLERS))),
+        choices=tuple(dict.fromkeys(name for one in FAMILIES for name in one.samplers)),
         default="one-step",
         help="heun and euler are for images of classes or of none, the rest for those of text",
     )
@@ -149,60 +145,93 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--width", type=int, metavar="W", help="(default: as in training)")
 
 
-def make_images(args: argparse.Namespace) -> tuple[ImageMaker, Weights]:
-    """The image maker that the shared arguments ask for, and its weights.
+def load_images(args: argparse.Namespace, **own: Iterable[str]) -> Pipeline:
+    """What the shared arguments have images made with.
 
-    Defaults that depend on the kind of weights are filled in in `args`.
-
-    Raises:
-      UserError: an argument that is impossible, or that is for images of text or another sampler.
-    """
-    refuse(args, TEXT_OPTIONS, f"{args.weights} are no text-to-image weights")
-    _fill_in(args, steps=18, batch_size=256)
-    given = {name: getattr(args, name) for name in SAMPLER_OPTIONS}
-    options = {name: value for name, value in given.items() if value is not None}
-    weights = load_weights(args.weights)
-    maker = ImageMaker(
-        weights,
-        sampler=args.sampler,
-        num_steps=args.steps,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        precision=args.matmul_precision,
-        sampler_options=options,
-    )
-    return maker, weights
-
-
-def make_latents(
-    args: argparse.Namespace, latent_shape: tuple[int, ...] | None = None
-) -> tuple[LatentMaker, Pipeline]:
-    """The maker of latents that the shared arguments ask for, and its pipeline.
-
-    Defaults that depend on the kind of weights are filled in in `args`.
+    Defaults that depend on the family of the weights are filled in in `args`.
 
     Args:
-      latent_shape: of one example, where something else than --height and --width decides it.
+      own: arguments of the command itself, by what the family has to take for them.
 
     Raises:
-      UserError: an argument that is impossible, or that is for images of no text or another
-        sampler.
+      UserError: an argument that is impossible, or that is of another family or sampler.
     """
-    refuse(args, SAMPLER_OPTIONS, f"{args.weights} are text-to-image weights")
-    guidance = 1.0 if args.sampler == "one-step" else 7.5
-    _fill_in(args, steps=50, batch_size=8, guidance=guidance, decoder=DECODERS[0])
-    pipeline = load_pipeline(args.weights, parts=args.parts, decoder=args.decoder)
-    maker = LatentMaker(
-        pipeline,
-        sampler=args.sampler,
-        num_steps=args.steps,
-        guidance=args.guidance,
-        batch_size=args.batch_size,
+    family = family_of(network_of(args.weights))
+    foreign = [name for one in FAMILIES if one is not family for name in one.arguments]
+    foreign += [name for takes, names in own.items() if takes != family.takes for name in names]
+    refuse(args, foreign, f"{args.weights} are {family.weights_are}")
+    defaults = dict(family.defaults)
+    if args.sampler == "one-step":
+        refuse(args, ["steps"], "the sampler is one-step")
+        if "guidance" in defaults:
+            defaults["guidance"] = 1.0
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}; expected at least 1")
+    return load_pipeline(
+        args.weights,
+        parts=args.parts,
+        decoder=args.decoder,
         dtype=args.dtype,
         precision=args.matmul_precision,
-        latent_shape=latent_shape or _latent_shape(args, pipeline),
     )
-    return maker, pipeline
+
+
+def make_images(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    sample_shape: tuple[int, ...] | None = None,
+    **options: Any,
+) -> ImageMaker:
+    """The maker that the shared arguments ask for.
+
+    Args:
+      sample_shape: of one x0, where something else than --height and --width decides it.
+      options: of ImageMaker, in place of what the arguments say.
+
+    Raises:
+      UserError: an argument that is impossible.
+    """
+    given = {name: getattr(args, name) for name in SAMPLER_OPTIONS}
+    asked = {
+        "sampler": args.sampler,
+        "num_steps": args.steps,
+        "guidance": 1.0 if args.guidance is None else args.guidance,
+        "batch_size": args.batch_size,
+        "options": {name: value for name, value in given.items() if value is not None},
+        "sample_shape": sample_shape or _sample_shape(args, pipeline),
+    }
+    return ImageMaker(pipeline, **asked | options)
+
+
+def image_settings(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    maker: ImageMaker,
+    z: np.ndarray | None,
+    tokens: Tokens,
+) -> dict[str, Any]:
+    """All that images of text depend on, JSON-able.
+
+    Args:
+      z: their latents, None where the seed draws these.
+    """
+    one_step = args.sampler == "one-step"
+    return pipeline.identity() | {
+        "sampler": args.sampler,
+        "num_steps": 1 if one_step else args.steps,
+        "sampling": None if one_step else pipeline.sampling,
+        "guidance": args.guidance,
+        "dtype": args.dtype,
+        "matmul_precision": args.matmul_precision,
+        "image_shape": maker.image_shape,
+        "tokens_sha256": _sha256(*tokens.values()),
+        "seed": args.seed if z is None else None,
+        "draws": DRAWS if z is None else None,
+        "latents_sha256": None if z is None else _sha256(z),
+    }
 
 
 def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
@@ -212,26 +241,23 @@ def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} is given, but {why}; expected none")
 
 
-def _fill_in(args: argparse.Namespace, **defaults: Any) -> None:
-    if args.sampler == "one-step":
-        refuse(args, ["steps"], "the sampler is one-step")
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}; expected at least 1")
-
-
-def _latent_shape(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int, int]:
-    """That of --height and --width, or of the UNet's training."""
-    network = complete(pipeline.unet.network)
-    factor = pixels_a_latent(pipeline.decoder)
-    sides = []
-    for name in ("height", "width"):
+def _sample_shape(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, ...]:
+    """That of --height and --width, or of the network's training."""
+    shape = pipeline.teacher.sample_shape
+    if args.height is None and args.width is None:
+        return shape
+    *sides, channels = shape
+    # How many pixels a side of a latent stands for: 8 in Stable Diffusion.
+    factor = image_shape(pipeline.teacher, pipeline.frozen, (1, 1, channels))[0]
+    for axis, name in enumerate(("height", "width")):
         pixels = getattr(args, name)
         if pixels is None:
-            pixels = network["sample_size"] * factor
+            continue
         if pixels < factor or pixels % factor:
             raise UserError(f"--{name} {pixels}; expected a multiple of {factor}")
-        sides.append(pixels // factor)
-    return *sides, network["in_channels"]
+        sides[axis] = pixels // factor
+    return *sides, channels
+
+
+def _sha256(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()

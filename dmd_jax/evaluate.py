@@ -1,7 +1,4 @@
-"""`dmd-jax evaluate`: the Fréchet distance of a model's samples to real images, and its kin.
-
-Samples of captions, their CLIP score and latency are in evaluate_text.py.
-"""
+"""`dmd-jax evaluate`: the Fréchet distance of a model's samples to real images, and its kin."""
 
 from __future__ import annotations
 
@@ -18,31 +15,22 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dmd_jax.arguments import (
-    SAMPLER_OPTIONS,
-    add_process_arguments,
-    add_sampler_arguments,
-    make_images,
-    refuse,
-)
+from dmd_jax.arguments import add_process_arguments, add_sampler_arguments, refuse
 from dmd_jax.auxiliary import check_free
 from dmd_jax.errors import UserError
-from dmd_jax.evaluate_text import CAPTION_OPTIONS, add_caption_arguments, captioned
+from dmd_jax.evaluate_subject import add_caption_arguments, subject_of
 from dmd_jax.evaluation.coco import NUM_CAPTIONS
-from dmd_jax.evaluation.collect import LabelledSamples, Subject, reference_rows, sample_rows
+from dmd_jax.evaluation.collect import reference_rows, sample_rows
 from dmd_jax.evaluation.features import RESOLUTION, Features, check_fit, feature_extractor
 from dmd_jax.evaluation.kernel_distance import SUBSET_SIZE, SUBSETS
 from dmd_jax.evaluation.measures import measure
 from dmd_jax.evaluation.parts import Rows, claim, release
-from dmd_jax.evaluation.protocols import Conventions, add_protocol_arguments, protocol_of
+from dmd_jax.evaluation.protocols import add_protocol_arguments, protocol_of
 from dmd_jax.evaluation.reference import Reference, open_reference, save_reference
 from dmd_jax.files import local_path, path_of, write_json
-from dmd_jax.generation import DRAWS
-from dmd_jax.models import complete
 from dmd_jax.parallel.processes import join_processes
 from dmd_jax.provenance import command_line, machine
-from dmd_jax.text_to_image import is_text_to_image
-from dmd_jax.weights import params_sha256
+from dmd_jax.sampling.draws import DRAWS
 
 SAMPLE_PART = 2  # batches
 NUM_SAMPLES = 50_000
@@ -175,7 +163,7 @@ def _run(args: argparse.Namespace) -> None:
 
     join_processes(args, prepare)
     protocol = protocol_of(args)
-    subject = _subject(args, protocol.conventions)
+    subject = subject_of(args, protocol.conventions)
     samples = subject.samples
     features, reference = open_judges(args, samples.sample_shape)
     if reference.images is None:
@@ -238,7 +226,7 @@ def _run(args: argparse.Namespace) -> None:
         }
         if args.save_reference:
             save_reference(args.save_reference, real_statistics[0], features[0])
-        _write(args, results, rows, samples.kept)
+        _write(args, results, rows, tuple(samples.kept.values()))
         release(folder, rows, *([real] if real else []))
         print(f"evaluate: {_summary(results)}, protocol {protocol}, in {args.out}")
     multihost_utils.sync_global_devices(f"evaluate: {args.out} written")
@@ -259,30 +247,6 @@ def _summary(results: dict[str, Any]) -> str:
     if "latency" in results:
         parts.append(f"{results['latency']['seconds']['p50']:.3g} s an image")
     return ", ".join([*parts, f"images made in {results['dtype']}"])
-
-
-def _subject(args: argparse.Namespace, conventions: Conventions) -> Subject:
-    """What the arguments have evaluated; defaults are filled in in `args`."""
-    if is_text_to_image(args.weights):
-        if args.coco is None:
-            raise UserError(f"{args.weights} are text-to-image weights; expected --coco CAPTIONS")
-        return captioned(args, conventions)
-    refuse(args, CAPTION_OPTIONS, f"{args.weights} are no text-to-image weights")
-    maker, weights = make_images(args)
-    settings = {
-        "network": complete(weights.network),
-        "params_sha256": params_sha256(weights.params),
-        "sampler_options": {name: getattr(args, name) for name in SAMPLER_OPTIONS},
-        # A batch's noise is one draw, and the devices may have made the batch larger.
-        "noise_batch_size": maker.batch_size if args.s_churn else None,
-        "labels": conventions.labels,
-        "bytes": conventions.bytes,
-    }
-    samples = LabelledSamples(
-        maker, args.seed, labels=conventions.labels, bytes_rule=conventions.bytes
-    )
-    names = {"class_names": weights.class_names} if weights.class_names else {}
-    return Subject(samples, settings, names, weights.description, lambda rows: {})
 
 
 def _names(args: argparse.Namespace) -> list[str]:

@@ -18,13 +18,14 @@ from dmd_jax.evaluation.digits_classifier import class_agreement
 from dmd_jax.evaluation.features import feature_extractor
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance, gather
 from dmd_jax.files import local_path, path_of, write_json
-from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
 from dmd_jax.metrics import duration, read_metrics
 from dmd_jax.pictures import grid, save_png, to_uint8, viewing_scale
 from dmd_jax.precision import products
 from dmd_jax.provenance import command_line, machine
 from dmd_jax.report import write_report
-from dmd_jax.weights import load_weights
+from dmd_jax.sampling.draws import draw_labels, draw_latents
+from dmd_jax.sampling.maker import ImageMaker
+from dmd_jax.teachers.families import load_pipeline
 
 NUM_SAMPLES = 10_000
 SAMPLES_SEED = 0  # of the latents that the generator is judged by, evaluate's default
@@ -98,10 +99,10 @@ def _evaluate(teacher: Path, workdir: Path, config) -> tuple[dict, dict[str, np.
     def distance(images: np.ndarray) -> float:
         return frechet_distance(Statistics.of(features(images)), real)
 
-    generator = load_weights(workdir / "train" / "weights")
-    heun = ImageMaker(load_weights(teacher), sampler="heun", num_steps=config.pairs.num_steps)
-    one_step = ImageMaker(load_weights(teacher), sampler="one-step")
-    distilled = ImageMaker(generator, sampler="one-step")
+    taught_by = load_pipeline(teacher)
+    heun = ImageMaker(taught_by, sampler="heun", num_steps=config.pairs.num_steps)
+    one_step = ImageMaker(taught_by, sampler="one-step")
+    distilled = ImageMaker(load_pipeline(workdir / "train" / "weights"), sampler="one-step")
     shape, classes = heun.sample_shape, heun.num_classes
 
     # The pairs are the teacher's samples by the 18-step sampler, so they serve for its figures.
@@ -111,11 +112,11 @@ def _evaluate(teacher: Path, workdir: Path, config) -> tuple[dict, dict[str, np.
     taught_labels = np.stack([record["label"] for record in records])
     z = draw_latents(SAMPLES_SEED, 0, NUM_SAMPLES, shape)
     labels = draw_labels(SAMPLES_SEED, 0, NUM_SAMPLES, classes)
-    generated = distilled(z, labels)
+    generated = distilled(z, {"label": labels})
     results = {
         "fd": {
             "teacher_heun18": distance(taught),
-            "teacher_one_step": distance(one_step(z, labels)),
+            "teacher_one_step": distance(one_step(z, {"label": labels})),
             "generator": distance(generated),
         },
         "class_agreement": {
@@ -128,8 +129,8 @@ def _evaluate(teacher: Path, workdir: Path, config) -> tuple[dict, dict[str, np.
         },
         "num_samples": NUM_SAMPLES,
     }
-    shown = np.repeat(np.arange(classes, dtype=np.int32), PER_CLASS)
-    latents = z[: len(shown)]
+    shown = {"label": np.repeat(np.arange(classes, dtype=np.int32), PER_CLASS)}
+    latents = z[: classes * PER_CLASS]
     pictures = {
         "Teacher, 18 steps": heun(latents, shown),
         "Teacher, one step": one_step(latents, shown),
@@ -139,9 +140,9 @@ def _evaluate(teacher: Path, workdir: Path, config) -> tuple[dict, dict[str, np.
 
 
 def _seconds_per_image(maker: ImageMaker, z: np.ndarray, labels: np.ndarray) -> float:
-    maker(z[:1], labels[:1])  # compilation is not an image's time
+    maker(z[:1], {"label": labels[:1]})  # compilation is not an image's time
     started = time.perf_counter()
-    maker(z[:TIMED_IMAGES], labels[:TIMED_IMAGES])
+    maker(z[:TIMED_IMAGES], {"label": labels[:TIMED_IMAGES]})
     return (time.perf_counter() - started) / TIMED_IMAGES
 
 

@@ -16,9 +16,10 @@ from dmd_jax.cli import run_step
 from dmd_jax.data.pairs_metadata import read_metadata
 from dmd_jax.errors import UserError
 from dmd_jax.files import path_of
-from dmd_jax.generation import DRAWS, ImageMaker, draw_latents
+from dmd_jax.sampling.draws import DRAWS, draw_latents
+from dmd_jax.sampling.maker import ImageMaker
 from dmd_jax.seals import read_sealed, write_sealed
-from dmd_jax.weights import load_weights
+from dmd_jax.teachers.families import load_pipeline
 
 COLUMNS = 20  # images of a row in the picture
 SAMPLES_SEED = 0  # of the latents that everything is judged by
@@ -88,11 +89,11 @@ class Study(NamedTuple):
         images = {}
         for label, (folder, sampler) in makers.items():
             maker = ImageMaker(
-                load_weights(folder), sampler=sampler, num_steps=steps, batch_size=COLUMNS
+                load_pipeline(folder), sampler=sampler, num_steps=steps, batch_size=COLUMNS
             )
             z = draw_latents(SAMPLES_SEED, 0, COLUMNS, maker.sample_shape)
             labels = np.arange(COLUMNS, dtype=np.int32) * max(maker.num_classes, 1) // COLUMNS
-            images[label] = maker(z, labels)
+            images[label] = maker(z, {"label": labels})
         return images
 
     def _evaluated(

@@ -21,9 +21,9 @@ from dmd_jax.config import load_config, shipped_config
 from dmd_jax.evaluation.digits_classifier import features
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance
 from dmd_jax.files import write_json
-from dmd_jax.generation import draw_labels, draw_latents
 from dmd_jax.metrics import read_metrics
 from dmd_jax.models import build_denoiser
+from dmd_jax.sampling.draws import draw_labels, draw_latents
 from dmd_jax.schedules import NoiseSchedule
 from dmd_jax.seals import read_sealed, write_sealed
 from dmd_jax.weights import load_weights

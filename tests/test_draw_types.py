@@ -7,10 +7,10 @@ import pytest
 import small
 from diffusers_folder import TAESD, TEXT, UNET, VAE
 
-from dmd_jax.generation import draw_labels, draw_latents
 from dmd_jax.models import abstract_params, build_denoiser
 from dmd_jax.objectives import draw, draw_lognormal
 from dmd_jax.samplers import heun
+from dmd_jax.sampling.draws import draw_labels, draw_latents
 from dmd_jax.schedules import NoiseSchedule
 from dmd_jax.state import Role, adamw_optimizer, key_data, role_key
 from dmd_jax.train_step import initial_state, make_train_step

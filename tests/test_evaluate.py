@@ -13,12 +13,12 @@ from dmd_jax import evaluate as module
 from dmd_jax import samplers
 from dmd_jax.cli import main
 from dmd_jax.data.images import open_images
-from dmd_jax.evaluation import collect
+from dmd_jax.evaluation import samples as samples_module
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance
 from dmd_jax.evaluation.kernel_distance import kernel_distance
 from dmd_jax.evaluation.precision_recall import precision_recall
-from dmd_jax.generation import draw_labels, draw_latents
 from dmd_jax.models import build_denoiser, complete
+from dmd_jax.sampling.draws import draw_labels, draw_latents
 from dmd_jax.schedules import NoiseSchedule
 from dmd_jax.weights import load_weights
 
@@ -123,7 +123,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_figures(
 ):
     out = tmp_path / "results.json"
     whole = measured(trained, tmp_path / "whole.json", "--num", 200)
-    latents, drawn = collect.draw_latents, []
+    latents, drawn = samples_module.draw_latents, []
 
     def interrupted(seed, start, stop, shape):
         drawn.append(start)
@@ -131,7 +131,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_figures(
             raise KeyboardInterrupt
         return latents(seed, start, stop, shape)
 
-    monkeypatch.setattr(collect, "draw_latents", interrupted)
+    monkeypatch.setattr(samples_module, "draw_latents", interrupted)
     assert interrupts(*evaluate(trained, out, "--num", 200))
     assert not out.exists()
     kept = sorted(path.name for path in (tmp_path / "results.parts").glob("samples-*"))
@@ -150,7 +150,7 @@ def test_parts_of_other_settings_are_kept_and_refused(trained, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(collect, "draw_latents", stop)
+        patch.setattr(samples_module, "draw_latents", stop)
         assert interrupts(*evaluate(trained, out, "--num", 100))
     line = fails(capsys, *evaluate(trained, out, "--num", 101, "--seed", 3))
     assert "results.parts holds parts of another evaluation" in line
@@ -166,7 +166,7 @@ def test_parts_are_of_the_whole_network_and_of_the_batches_of_the_noise(
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(collect, "draw_latents", stop)
+    monkeypatch.setattr(samples_module, "draw_latents", stop)
     weights = load_weights(trained)
     heun = ("--sampler", "heun", "--steps", 2, "--num", 100, "--batch-size", 30)
     # On eight devices 30 images are made as 32, which matters where they share a draw of noise.
@@ -385,7 +385,7 @@ def test_parts_are_of_one_protocol(trained, channel_means, tmp_path, monkeypatch
 
     out = tmp_path / "r.json"
     with monkeypatch.context() as patch:
-        patch.setattr(collect, "draw_latents", stop)
+        patch.setattr(samples_module, "draw_latents", stop)
         assert interrupts(*evaluate(trained, out, "--num", 40, *INCEPTION, "--protocol", "edm"))
     line = fails(capsys, *evaluate(trained, out, "--num", 40, *INCEPTION, "--protocol", "dmd2"))
     assert "bytes 'edm' there, 'dmd2' asked for" in line

@@ -12,8 +12,8 @@ from small_tokenizer import VOCAB_SIZE
 
 from dmd_jax.data.pairs import PairSource
 from dmd_jax.discrete_samplers import ddim
-from dmd_jax.generation import draw_latents
 from dmd_jax.models import build_denoiser, build_network, guided
+from dmd_jax.sampling.draws import draw_latents
 from dmd_jax.seals import read_sealed
 from dmd_jax.state import Role
 from dmd_jax.tokenizer import load_tokenizer

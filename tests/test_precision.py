@@ -29,7 +29,7 @@ from dmd_jax.precision import both_ways
 from dmd_jax.schedules import NoiseLevel
 from dmd_jax.sharding import make_mesh
 from dmd_jax.teachers.edm import edm_teacher
-from dmd_jax.text_to_image import TEXT_SAMPLERS, latent_sampler
+from dmd_jax.teachers.stable_diffusion import STABLE_DIFFUSION
 from dmd_jax.train_step import initial_state, make_train_step
 
 TINY = str(Path(__file__).parent / "configs" / "tiny.py")
@@ -226,15 +226,17 @@ def test_samplers_of_images(sampler):
     check(products_of(sample, params, z, array(2, dtype=jnp.int32)), "HIGHEST")
 
 
-@pytest.mark.parametrize("sampler", TEXT_SAMPLERS)
+@pytest.mark.parametrize("sampler", STABLE_DIFFUSION.samplers)
 def test_samplers_of_latents(sampler):
     network, guidance = NETWORKS["unet2d_condition"], 1.0 if sampler == "one-step" else 3.0
-    denoiser = build_denoiser(network)
-    sampling = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
-    sample = latent_sampler(sampler, denoiser, 4, guidance, sampling)
-    cond = array(2, *denoiser.cond_shape)
-    z = array(2, *denoiser.sample_shape)
-    check(products_of(sample, abstract_params(network), z, cond, cond), "HIGHEST")
+    encoder = {"name": "clip_text", "max_position_embeddings": 77} | TEXT
+    networks = {"network": network, "text_encoder": encoder}
+    teacher = STABLE_DIFFUSION.build(networks, dtype="float32", precision="highest")
+    sample = teacher.samplers[sampler](num_steps=4, guidance=guidance)
+    cond = array(2, *build_denoiser(network).cond_shape)
+    frozen = {"network": abstract_params(network), "null": cond}
+    arguments = frozen, array(2, *teacher.sample_shape), cond, jax.random.key(0)
+    check(products_of(sample, *arguments), "HIGHEST")
 
 
 def text_config():

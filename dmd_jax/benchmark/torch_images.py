@@ -40,7 +40,7 @@ class TorchImages:
         self,
         config: ConfigDict,
         params: Any,
-        inputs: tuple[np.ndarray, np.ndarray],
+        inputs: tuple[np.ndarray, dict[str, np.ndarray]],
         *,
         decoder: str | None,
         device: torch.device,
@@ -55,17 +55,16 @@ class TorchImages:
             encoder = build_torch(config.text.text_encoder.to_dict())
             self._encoder = self._loaded(encoder, params["text_encoder"])
             network = build_torch(config.text[decoder].to_dict())
-            self._decoder = self._loaded(network, params["decoder"])
+            self._decoder = self._loaded(network, params["decoders"][decoder])
         self._make = torch.compile(self._images, dynamic=False) if compiled else self._images
 
     @torch.no_grad()
     def __call__(self) -> np.ndarray:
         """Pixels, uint8 [N, H, W, C]."""
-        latents, conditions = self._inputs
-        z, cond = (
-            to_nchw(latents, self._device),
-            torch.tensor(conditions, device=self._device).long(),
-        )
+        latents, tokens = self._inputs
+        z, cond = to_nchw(latents, self._device), None
+        for rows in tokens.values():  # one at most
+            cond = torch.tensor(rows, device=self._device).long()
         return self._make(z, cond).permute(0, 2, 3, 1).cpu().numpy()
 
     def _loaded(self, module: nn.Module, params: Any) -> nn.Module:
@@ -76,7 +75,7 @@ class TorchImages:
                     layer.to(torch.bfloat16)
         return module
 
-    def _images(self, z: Tensor, cond: Tensor) -> Tensor:
+    def _images(self, z: Tensor, cond: Tensor | None) -> Tensor:
         with autocast(self._config, self._device):
             if self._encoder is not None:
                 cond = self._encoder(cond).last_hidden_state.float()

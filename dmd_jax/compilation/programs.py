@@ -14,8 +14,8 @@ from dmd_jax.config import named_stages
 from dmd_jax.distillation.program import abstract_program, model_flops
 from dmd_jax.experiment import check_batches, computation_of
 from dmd_jax.flops import count_flops
-from dmd_jax.generation import LocalDevices, image_sampler
-from dmd_jax.models import Denoiser, abstract_params, build_denoiser
+from dmd_jax.sampling.devices import LocalDevices
+from dmd_jax.sampling.maker import x0_maker
 from dmd_jax.sharding import (
     batch_sharding,
     bytes_a_device,
@@ -23,10 +23,9 @@ from dmd_jax.sharding import (
     replicated,
     with_shardings,
 )
-from dmd_jax.text_to_image import latent_sampler, text_encoder
+from dmd_jax.teachers.families import family_of, networks_of
+from dmd_jax.teachers.family import abstract_frozen, abstract_tokens
 
-# As Stable Diffusion's folders have it.
-_SAMPLING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
 WHATS = ("train", "pairs", "sample")
 
 
@@ -78,19 +77,26 @@ def _sampling(config: ConfigDict, what: str, devices: Sequence[jax.Device]) -> C
     local = LocalDevices(options.batch_size, own)
     chosen = options if what == "pairs" else config
     computation = computation_of(chosen)
-    denoiser = build_denoiser(config.network.to_dict(), **computation)
-    sampler, steps = (options.sampler, options.num_steps) if what == "pairs" else ("one-step", 1)
-    make = _of_labels if denoiser.cond_shape is None else _of_text
-    guidance = config.guidance if what == "pairs" else 1.0
-    function, inputs = make(
-        config, denoiser, sampler, steps, guidance=guidance, computation=computation
-    )
+    sampler, steps, guidance = "one-step", 1, 1.0
+    if what == "pairs":
+        sampler, steps, guidance = options.sampler, options.num_steps, config.guidance
+    networks = networks_of(config)
+    teacher = family_of(config.network).build(networks, **computation)
+    make = x0_maker(teacher, sampler, num_steps=steps, guidance=guidance)
+    frozen = abstract_frozen(networks)
+    if guidance != 1:
+        frozen["null"] = jax.eval_shape(teacher.encode, frozen, abstract_tokens(teacher, 1))
+    z = jax.ShapeDtypeStruct((local.batch_size, *teacher.sample_shape), jnp.float32)
+    rows = z, abstract_tokens(teacher, local.batch_size)
     mesh = make_mesh(devices=own)
-    params, *rows = inputs
-    placed = [with_shardings(params, jax.tree.map(lambda _: replicated(mesh), params))]
-    for row in rows:
-        shape = (local.batch_size, *row.shape)
-        placed.append(jax.ShapeDtypeStruct(shape, row.dtype, sharding=batch_sharding(mesh)))
+    placed = [
+        with_shardings(frozen, jax.tree.map(lambda _: replicated(mesh), frozen)),
+        *with_shardings(rows, jax.tree.map(lambda _: batch_sharding(mesh), rows)),
+    ]
+
+    def function(frozen: Any, z: jax.Array, tokens: Any) -> jax.Array:
+        return make(frozen, z, tokens, jax.random.key(0))
+
     jitted = local.compile(function)
     facts = {
         "devices": len(own),
@@ -106,43 +112,3 @@ def _sampling(config: ConfigDict, what: str, devices: Sequence[jax.Device]) -> C
         flops=lambda: count_flops(function, *placed),
         facts=facts,
     )
-
-
-def _of_labels(config: ConfigDict, denoiser: Denoiser, sampler: str, steps: int, **_: Any):
-    """(params, z, labels) -> images, and what it takes: one row of each but the parameters."""
-    sample = image_sampler(sampler, denoiser, steps, {})
-    inputs = [
-        abstract_params(config.network.to_dict()),
-        jax.ShapeDtypeStruct(denoiser.sample_shape, jnp.float32),
-    ]
-    if not denoiser.num_classes:
-        return lambda params, z: sample(params, z, None, jax.random.key(0)), inputs
-    inputs.append(jax.ShapeDtypeStruct((), jnp.int32))
-    return lambda params, z, labels: sample(params, z, labels, jax.random.key(0)), inputs
-
-
-def _of_text(
-    config: ConfigDict,
-    denoiser: Denoiser,
-    sampler: str,
-    steps: int,
-    *,
-    guidance: float,
-    computation: dict[str, str],
-):
-    """(params, z, tokens) -> latents, likewise."""
-    encoder = config.text.text_encoder.to_dict()
-    sample = latent_sampler(sampler, denoiser, steps, guidance, _SAMPLING)
-    encode = text_encoder(encoder, **computation)
-
-    def make(params: Any, z: jax.Array, tokens: jax.Array) -> jax.Array:
-        cond = encode(params["text_encoder"], tokens)
-        return sample(params["network"], z, cond, params["uncond"])
-
-    params = {
-        "network": abstract_params(config.network.to_dict()),
-        "text_encoder": abstract_params(encoder),
-        "uncond": jax.ShapeDtypeStruct((1, *denoiser.cond_shape), jnp.float32),
-    }
-    z = jax.ShapeDtypeStruct(denoiser.sample_shape, jnp.float32)
-    return make, [params, z, jax.ShapeDtypeStruct(denoiser.cond_shape[:1], jnp.int32)]

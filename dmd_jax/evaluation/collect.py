@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -16,89 +13,11 @@ from dmd_jax.errors import UserError
 from dmd_jax.evaluation.features import Features, ToBytes
 from dmd_jax.evaluation.parts import Rows
 from dmd_jax.evaluation.reference import Reference
-from dmd_jax.generation import ImageMaker, draw_labels, draw_latents
+from dmd_jax.evaluation.samples import Samples
 from dmd_jax.metrics import Pace, Progress
 from dmd_jax.pictures import to_uint8
 
 REFERENCE_PART = 512
-
-
-class Samples(Protocol):
-    """Images to judge, by index; each is a function of a seed and its index.
-
-    Attributes:
-      sample_shape: (H, W, C) of one image as it is judged.
-      kept: the inputs that are kept where images are.
-      to_bytes: of judged images, for features that see bytes.
-    """
-
-    sample_shape: tuple[int, ...]
-    kept: tuple[str, ...]
-    to_bytes: ToBytes
-
-    def warm_up(self) -> None:
-        """Compiles what makes images, and prepares what scores them; before any is made."""
-
-    def inputs(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """What the images start..stop-1 are made of, each array [stop - start, …]."""
-
-    def images(self, inputs: dict[str, np.ndarray], start: int) -> Iterator[np.ndarray]:
-        """The images of `inputs`, float32 [n, …], batch by batch; `start` is the first's index."""
-
-    def judged(self, images: np.ndarray) -> np.ndarray:
-        """Images [N, *sample_shape], float32 in [-1, 1] or about, of those that were made."""
-
-    def scores(self, images: np.ndarray, start: int) -> dict[str, np.ndarray]:
-        """Figures of each of these images, [N, …], besides their features; may be none."""
-
-
-class Subject(NamedTuple):
-    """What an evaluation is of."""
-
-    samples: Samples
-    settings: dict[str, Any]  # what the samples depend on, JSON-able
-    results: dict[str, Any]  # what their results say of that
-    description: str  # of the weights
-    figures: Callable[[Rows], dict[str, Any]]  # of the rows, besides those of features
-
-
-class LabelledSamples:
-    """Samples of a class-conditional or unconditional model; see Samples.
-
-    Args:
-      labels: "uniform", each drawn; or "balanced", that of image i is i modulo the classes.
-      bytes_rule: of pictures.BYTE_RULES.
-    """
-
-    kept = ("labels",)
-
-    def __init__(
-        self, maker: ImageMaker, seed: int, *, labels: str = "uniform", bytes_rule: str = "edm"
-    ):
-        self._maker, self._seed, self._balanced = maker, seed, labels == "balanced"
-        self.sample_shape = maker.sample_shape
-        self.to_bytes = functools.partial(to_uint8, rule=bytes_rule)
-
-    def warm_up(self) -> None:
-        self._maker(np.zeros((1, *self.sample_shape), np.float32), np.zeros(1, np.int32))
-
-    def inputs(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        classes = self._maker.num_classes
-        if self._balanced:
-            labels = np.arange(start, stop, dtype=np.int32) % max(classes, 1)
-        else:
-            labels = draw_labels(self._seed, start, stop, classes)
-        z = draw_latents(self._seed, start, stop, self.sample_shape)
-        return {"z": z, "labels": labels}
-
-    def images(self, inputs: dict[str, np.ndarray], start: int) -> Iterator[np.ndarray]:
-        return self._maker.batches(inputs["z"], inputs["labels"], seed=self._seed, first=start)
-
-    def judged(self, images: np.ndarray) -> np.ndarray:
-        return images
-
-    def scores(self, images: np.ndarray, start: int) -> dict[str, np.ndarray]:
-        return {}
 
 
 def reference_rows(folder: Path, reference: Reference, features: list[Features]) -> Rows:
@@ -136,7 +55,7 @@ def sample_rows(
 
     Args:
       num: how many.
-      keep_images: keep "images" float32 [N, H, W, C], as judged, and samples.kept as well.
+      keep_images: keep "images" float32 [N, H, W, C], as judged, and what samples.kept names.
 
     Raises:
       UserError: images or features are not finite, a part cannot be written.
@@ -167,7 +86,8 @@ def sample_rows(
         arrays |= samples.scores(images, start)
         arrays["seconds"] = np.full(count, seconds)
         if keep_images:
-            arrays |= {"images": images} | {name: inputs[name] for name in samples.kept}
+            arrays |= {"images": images}
+            arrays |= {kept: inputs[name] for name, kept in samples.kept.items()}
         return arrays
 
     rows.make(make_part, counter.start)

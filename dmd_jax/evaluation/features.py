@@ -16,11 +16,11 @@ from dmd_jax.auxiliary import INCEPTION, LPIPS, describe_auxiliary, how_to_make,
 from dmd_jax.data.sources import bytes_to_float
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import file_sha256
-from dmd_jax.generation import pad_rows
 from dmd_jax.models.inception import PREPROCESSINGS, SIDE, class_logits, pool3
 from dmd_jax.models.lpips import vgg16_features
 from dmd_jax.models.resizing import pil_bicubic
 from dmd_jax.pictures import to_uint8
+from dmd_jax.sampling.devices import pad_rows
 from dmd_jax.sharding import batch_sharding, make_mesh, place, replicated
 
 BATCH_PER_DEVICE = 64

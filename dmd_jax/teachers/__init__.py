@@ -1,1 +1,1 @@
-"""Families of teachers, one file each; `teacher` has their type."""
+"""Families of teachers, one file each; `teacher` has their type, `families` knows them all."""

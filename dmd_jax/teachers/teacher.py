@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ Tokens = Mapping[str, jax.Array]
 # All that a step or a sampler only reads, by name: "network" is the teacher's own parameters, the
 # other names are what the functions of its family take.
 Frozen = Mapping[str, Any]
+# (frozen, z [B, *sample_shape] standard normal, cond, key) -> x0 of that shape
+Sample = Callable[[Frozen, jax.Array, Any, jax.Array], jax.Array]
 
 
 class Teacher(NamedTuple):
@@ -32,3 +35,11 @@ class Teacher(NamedTuple):
     decode: Callable[[Frozen, jax.Array], jax.Array]  # x0 [B, ...] -> images [B, H, W, C]
     # (key, count) -> tokens of fresh rows; None where they can only come with the data, as text.
     draw_tokens: Callable[[jax.Array, int], Tokens] | None
+    takes: str = "labels"  # what a row says of its image: labels (or nothing), or text
+    # (num_steps=, guidance=, **options) -> the sampler; UserError for what it does not take.
+    samplers: Mapping[str, Callable[..., Sample]] = MappingProxyType({})
+    # The numbers in rows of data are below these, by the tokens' names.
+    limits: Mapping[str, int] = MappingProxyType({})
+    # (tokens on the host, rows) -> arrays that `encode` takes; UserError where they are wrong,
+    # since a device would compute something without an error.
+    check: Callable[[Mapping[str, Any], int], Tokens] = lambda tokens, rows: tokens

@@ -7,7 +7,7 @@ import pytest
 from commands import succeeds
 
 from dmd_jax.data.pairs import PairSource
-from dmd_jax.generation import draw_labels, draw_latents
+from dmd_jax.sampling.draws import draw_labels, draw_latents
 from dmd_jax.state import Role
 
 SHAPE, CLASSES = (4, 3, 2), 10

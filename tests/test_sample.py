@@ -1,4 +1,4 @@
-"""`dmd-jax sample` of text: grids, arrays and folders of images; and what is refused."""
+"""`dmd-jax sample`: grids, arrays and folders of images; and what is refused."""
 
 import json
 import re
@@ -9,9 +9,10 @@ from commands import fails, finish, start, succeeds
 from PIL import Image
 from small_tokenizer import END, small_vocab, write_tokenizer
 
-from dmd_jax.generation import draw_latents
 from dmd_jax.pictures import to_uint8
-from dmd_jax.text_to_image import LatentMaker, load_pipeline
+from dmd_jax.sampling.draws import draw_latents
+from dmd_jax.sampling.maker import ImageMaker
+from dmd_jax.teachers.families import load_pipeline
 from dmd_jax.weights import packaged
 
 PROMPTS = ["a photo of the cat", "the red dog's cat"]
@@ -28,10 +29,9 @@ def prompts(tmp_path_factory):
 def expected(text_weights):
     """Three images of the two prompts in turn, of 32 x 64 pixels and from seed 5."""
     pipeline = load_pipeline(text_weights, decoder="taesd")
-    maker = LatentMaker(pipeline, sampler="one-step", batch_size=3, latent_shape=(4, 8, 4))
+    maker = ImageMaker(pipeline, sampler="one-step", batch_size=3, sample_shape=(4, 8, 4))
     z = draw_latents(5, 0, 3, (4, 8, 4))
-    tokens = pipeline.tokenizer.encode([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
-    return z, maker.decode(maker(z, tokens))
+    return z, maker(z, pipeline.tokens([PROMPTS[0], PROMPTS[1], PROMPTS[0]]))
 
 
 def sample(text_weights, *arguments):

@@ -11,8 +11,9 @@ from commands import fails, finish, free_port, start, succeeds
 from diffusers_folder import write_folder
 from PIL import Image
 
-from dmd_jax import evaluate_text
+from dmd_jax import arguments
 from dmd_jax.cli import main
+from dmd_jax.evaluation import samples as samples_module
 from dmd_jax.evaluation.clip_score import ClipScore, score
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance
 from dmd_jax.tokenizer import load_tokenizer
@@ -158,7 +159,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_figures(
     made, whole, tmp_path, monkeypatch, capsys
 ):
     more, out = ("--clip", made / "clip", "--seed", 3), tmp_path / "results.json"
-    latents, drawn = evaluate_text.draw_latents, []
+    latents, drawn = samples_module.draw_latents, []
 
     def interrupted(seed, start, stop, shape):
         drawn.append(start)
@@ -166,7 +167,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_figures(
             raise KeyboardInterrupt
         return latents(seed, start, stop, shape)
 
-    monkeypatch.setattr(evaluate_text, "draw_latents", interrupted)
+    monkeypatch.setattr(samples_module, "draw_latents", interrupted)
     assert main([str(argument) for argument in evaluate(made, out, *more)]) == 130
     kept = sorted(path.name for path in (tmp_path / "results.parts").glob("samples-*"))
     assert kept == ["samples-00000.npz"]
@@ -208,18 +209,21 @@ def test_two_processes_measure_what_one_does(made, tmp_path):
 
 
 def test_latency_is_of_one_image_on_one_device(made, tmp_path, monkeypatch, capsys):
-    made_of, maker = [], evaluate_text.LatentMaker
+    made_of, maker = [], arguments.ImageMaker
 
     class Watched(maker):
         def __init__(self, pipeline, **options):
-            made_of.append(options)
+            self.alone = "devices" in options  # the other one makes what is judged
+            if self.alone:
+                made_of.append(options)
             super().__init__(pipeline, **options)
 
         def __call__(self, z, tokens):
-            made_of.append((z.shape, tokens.shape))
+            if self.alone:
+                made_of.append((z.shape, tokens["tokens"].shape))
             return super().__call__(z, tokens)
 
-    monkeypatch.setattr(evaluate_text, "LatentMaker", Watched)
+    monkeypatch.setattr(arguments, "ImageMaker", Watched)
     found = measured(made, tmp_path / "results.json", "--latency", 5, num=8)["latency"]
     options, *shapes = made_of
     assert options["batch_size"] == 1 and options["devices"] == [jax.local_devices()[0]]

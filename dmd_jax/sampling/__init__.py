@@ -1,0 +1,1 @@
+"""Images from weights, for labels and text alike."""
