@@ -14,9 +14,8 @@ from dmd_jax import losses, samplers, state
 from dmd_jax.config import stages_of
 from dmd_jax.data.pairs import PairSource
 from dmd_jax.data.pairs_metadata import TextPairsMetadata
-from dmd_jax.distillation.labels import label_parts
-from dmd_jax.distillation.setting import Method, Parts, Setting
-from dmd_jax.distillation.text import Text, load_text, null_condition, text_parts
+from dmd_jax.distillation.setting import Method, Setting
+from dmd_jax.distillation.text import Text, decoder_names, load_text, null_condition
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import (
     check_same_network,
@@ -27,13 +26,16 @@ from dmd_jax.experiment import (
     lpips_of,
     one_of,
 )
-from dmd_jax.models import Denoiser, build_denoiser, guided
+from dmd_jax.models import guided
 from dmd_jax.models.lpips import lpips_template
 from dmd_jax.objectives import DMD, Networks, Objective, dmd
 from dmd_jax.schedules import NoiseSchedule
+from dmd_jax.teachers.families import family_of, networks_of
+from dmd_jax.teachers.family import abstract_frozen, abstract_tokens
 from dmd_jax.teachers.teacher import Frozen, Teacher
+from dmd_jax.text_parts import DECODERS
 from dmd_jax.types import Params
-from dmd_jax.weights import Weights, denoiser_of, load_weights, params_sha256
+from dmd_jax.weights import Weights, load_weights, params_sha256
 
 # Columns of a picture: for images up to 64 pixels, and for larger ones.
 COLUMNS, LARGE_COLUMNS = 10, 4
@@ -45,10 +47,43 @@ def method_of(config: ConfigDict) -> Method:
     Raises:
       UserError: a value is impossible.
     """
-    denoiser = build_denoiser(
-        config.network.to_dict(), remat=config.remat, **computation_of(config)
-    )
-    return _method(config, denoiser, _parts(config, denoiser))
+    family = family_of(config.network)
+    if family.takes == "labels" and (config.guidance != 1 or config.match_reference):
+        raise UserError(
+            f"config.guidance is {config.guidance} and match_reference {config.match_reference}; "
+            f"expected 1.0 and False for a teacher that is {family.network_is}"
+        )
+    one_of(config, "text.encode", ("in_step", "ahead"))
+    teacher = _teacher(config, config)
+    ahead = teacher.draw_tokens is None and config.text.encode == "ahead"
+    judge = distance_of(config, _image_shape(config, teacher))
+    copy = lambda frozen, key: frozen["network"]  # noqa: E731
+    optimizers, weight = optimizers_of(config), fake_weight_of(config)
+
+    def distance(teacher: Teacher, frozen: Frozen, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The distance of what two samples look like."""
+        images = (teacher.decode(frozen, samples) for samples in (x, y))
+        return judge(frozen["lpips"], *images)
+
+    def objective(stage: ConfigDict) -> Objective:
+        own = _teacher(config, stage)
+        return dmd(
+            dmd_settings(stage, teacher.schedule),
+            own,
+            roles_of(stage, own),
+            init={"generator": copy, "fake_score": copy},
+            optimizers=optimizers,
+            distance=None if judge is None else functools.partial(distance, own),
+            fake_weight=weight,
+            preview_key=preview_key(config),
+        )
+
+    def frozen() -> dict[str, Any]:
+        judges = {} if judge is None else {"lpips": lpips_template()}
+        return _frozen(config, teacher) | judges
+
+    encode_ahead = functools.partial(_encode_ahead, teacher) if ahead else None
+    return Method(objective, frozen, encode_ahead)
 
 
 def setting_of(config: ConfigDict, weights: Weights) -> Setting:
@@ -58,24 +93,25 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
       UserError: data or weights that the config names are not there or do not fit, or a value is
         impossible.
     """
-    denoiser = denoiser_of(weights, remat=config.remat, **computation_of(config))
     text = None
-    if denoiser.cond_shape is not None:
+    # A copy, since a run is gone on with by the config that it was given. The weights' own options
+    # may differ in what only their training took.
+    config = ConfigDict(config.to_dict() | {"network": weights.network})
+    if family_of(config.network).takes == "text":
         text, config = load_text(config)
-    parts = _parts(config, denoiser)
-    method = _method(config, denoiser, parts)
+    method, teacher = method_of(config), _teacher(config, config)
     frozen: dict[str, Any] = {"network": weights.params}
     sources: dict[str, Any] = {}
     identity: dict[str, Any] = {"teacher_sha256": params_sha256(weights.params)}
     needs = {name for _, stage in stages_of(config) for name in method.objective(stage).needs}
     if "pairs" in needs:
-        sources["pairs"] = pairs = _open_pairs(config, denoiser, identity["teacher_sha256"], text)
+        sources["pairs"] = pairs = _open_pairs(config, teacher, identity["teacher_sha256"], text)
         identity |= pairs_identity(pairs)
     if text is not None:
         sources["prompts"] = text.prompts
         identity |= text.identity()
         frozen |= {
-            "null": null_condition(text, parts, config),
+            "null": null_condition(text, teacher),
             "text_encoder": text.encoder.params,
             "decoders": {name: one.params for name, one in text.decoders.items()},
         }
@@ -85,7 +121,6 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
     starts = _starts(config, method.objective(config))
     for name, start in starts.items():
         identity[f"start_{name}_sha256"] = params_sha256(start)
-    teacher = parts.teacher(config)
     preview, count = _preview(teacher, frozen, sources)
     return Setting(
         method=method,
@@ -160,60 +195,47 @@ def dmd_settings(config: ConfigDict, schedule: NoiseSchedule) -> DMD:
     return DMD(**{name: config[name] for name in own})
 
 
-def _parts(config: ConfigDict, denoiser: Denoiser) -> Parts:
-    return (label_parts if denoiser.cond_shape is None else text_parts)(config, denoiser)
+def _teacher(config: ConfigDict, stage: ConfigDict) -> Teacher:
+    """The teacher of a stage, which may have a decoder of its own.
+
+    Raises:
+      UserError: an impossible network, or networks that do not fit each other.
+    """
+    one_of(stage, "text.decoder", DECODERS)
+    networks = networks_of(config, stage.text.decoder)
+    build = family_of(config.network).build
+    return build(networks, remat=config.remat, **computation_of(config))
 
 
-def _method(config: ConfigDict, denoiser: Denoiser, parts: Parts) -> Method:
-    teacher = parts.teacher(config)
-    latents = jax.ShapeDtypeStruct((1, *teacher.sample_shape), jnp.float32)
-    ahead = teacher.draw_tokens is None and config.text.encode == "ahead"
-    judge = distance_of(config, _image_shape(parts, latents, config))
-
-    def frozen() -> dict[str, Any]:
-        judges = {} if judge is None else {"lpips": lpips_template()}
-        return dict(parts.frozen()) | judges
-
-    def distance(teacher: Teacher, frozen: Frozen, x: jax.Array, y: jax.Array) -> jax.Array:
-        """The distance of what two samples look like."""
-        images = (teacher.decode(frozen, samples) for samples in (x, y))
-        return judge(frozen["lpips"], *images)
-
-    copy = lambda frozen, key: frozen["network"]  # noqa: E731
-    optimizers, weight = optimizers_of(config), fake_weight_of(config)
-
-    def objective(stage: ConfigDict) -> Objective:
-        own = parts.teacher(stage)
-        return dmd(
-            dmd_settings(stage, teacher.schedule),
-            own,
-            networks_of(stage, own),
-            init={"generator": copy, "fake_score": copy},
-            optimizers=optimizers,
-            distance=None if judge is None else functools.partial(distance, own),
-            fake_weight=weight,
-            preview_key=preview_key(config),
-        )
-
-    def encode_ahead(params: Any, batch: Any) -> Any:
-        """Each source's tokens as the condition that they encode."""
-        return {
-            source: {name: leaf for name, leaf in rows.items() if name not in teacher.tokens}
-            | {"cond": teacher.encode(params, rows)}
-            for source, rows in batch.items()
-        }
-
-    return Method(objective, frozen, encode_ahead if ahead else None)
+def _frozen(config: ConfigDict, teacher: Teacher) -> dict[str, Any]:
+    """The frozen parameters of the teacher and of every stage's decoder, as ShapeDtypeStructs."""
+    networks = dict(networks_of(config))
+    decoders = {name: config.text[name].to_dict() for name in decoder_names(config)}
+    if teacher.draw_tokens is None:
+        networks["decoders"] = decoders
+    frozen = abstract_frozen(networks)
+    if teacher.draw_tokens is None:
+        frozen["null"] = jax.eval_shape(teacher.encode, frozen, abstract_tokens(teacher, 1))
+    return frozen
 
 
-def _image_shape(
-    parts: Parts, latents: jax.ShapeDtypeStruct, config: ConfigDict
-) -> tuple[int, ...]:
+def _image_shape(config: ConfigDict, teacher: Teacher) -> tuple[int, ...]:
     """Of one image, (H, W, C)."""
-    return jax.eval_shape(parts.teacher(config).decode, parts.frozen(), latents).shape[1:]
+    latents = jax.ShapeDtypeStruct((1, *teacher.sample_shape), jnp.float32)
+    frozen = abstract_frozen(networks_of(config, config.text.decoder))
+    return jax.eval_shape(teacher.decode, frozen, latents).shape[1:]
 
 
-def networks_of(config: ConfigDict, teacher: Teacher) -> Networks:
+def _encode_ahead(teacher: Teacher, frozen: Frozen, batch: Any) -> Any:
+    """Each source's tokens as the condition that they encode."""
+    return {
+        source: {name: leaf for name, leaf in rows.items() if name not in teacher.tokens}
+        | {"cond": teacher.encode(frozen, rows)}
+        for source, rows in batch.items()
+    }
+
+
+def roles_of(config: ConfigDict, teacher: Teacher) -> Networks:
     """All three roles are the teacher's network; the teacher alone is guided."""
     guide = guided(teacher.denoise, config.guidance, at_once=config.guidance_at_once)
 
@@ -250,7 +272,7 @@ def _preview(
 
 
 def _open_pairs(
-    config: ConfigDict, denoiser: Denoiser, teacher_sha256: str, text: Text | None
+    config: ConfigDict, teacher: Teacher, teacher_sha256: str, text: Text | None
 ) -> PairSource:
     """The pairs of config.pairs.folder, which are the teacher's.
 
@@ -261,8 +283,8 @@ def _open_pairs(
         raise UserError("config.pairs.folder is empty; expected the workdir of `dmd-jax pairs`")
     pairs = PairSource(
         config.pairs.folder,
-        sample_shape=denoiser.sample_shape,
-        num_classes=denoiser.num_classes,
+        sample_shape=teacher.sample_shape,
+        num_classes=teacher.limits.get("label", 0),
         token_length=None if text is None else text.tokenizer.max_length,
     )
     if pairs.metadata.teacher_sha256 != teacher_sha256:

@@ -13,20 +13,13 @@ from dmd_jax.data.loader import Together, batches
 from dmd_jax.data.sources import ClassNames
 from dmd_jax.objectives import Need, Objective
 from dmd_jax.sharding import own_rows
-from dmd_jax.teachers.teacher import Frozen, Teacher
+from dmd_jax.teachers.teacher import Frozen
 from dmd_jax.types import Params
 
 # Frozen parts that encode a batch, be it in the step or before it.
 AHEAD = ("text_encoder",)
 # The stages before one: how many steps each had, and its config.
 Earlier = Sequence[tuple[int, ConfigDict]]
-
-
-class Parts(NamedTuple):
-    """A family's functions and shapes for a config."""
-
-    teacher: Callable[[ConfigDict], Teacher]  # a stage's config -> its teacher
-    frozen: Callable[[], Frozen]  # as ShapeDtypeStructs
 
 
 class Method(NamedTuple):

@@ -14,6 +14,7 @@ from dmd_jax.models import build_denoiser
 from dmd_jax.objectives import Denoising, Objective, denoising
 from dmd_jax.state import adamw_optimizer
 from dmd_jax.teachers.edm import edm_teacher
+from dmd_jax.teachers.families import family_of
 
 PREVIEW_COUNT = 40
 
@@ -24,12 +25,12 @@ def teaching_of(config: ConfigDict) -> Setting:
     Raises:
       UserError: the images are not there or do not fit the network, or it is not one of EDM's.
     """
-    denoiser = build_denoiser(config.network.to_dict(), **computation_of(config))
-    if denoiser.cond_shape is not None:
+    if family_of(config.network).takes != "labels":
         raise UserError(
             f"config.network is {config.network.name}; expected a network of EDM's, which is what "
             "this command trains"
         )
+    denoiser = build_denoiser(config.network.to_dict(), **computation_of(config))
     images = open_images(config.images, resolution=denoiser.sample_shape[0])
     if (images.sample_shape, images.num_classes) != (denoiser.sample_shape, denoiser.num_classes):
         raise UserError(

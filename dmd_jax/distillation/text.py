@@ -7,51 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dmd_jax.config import stages_of
 from dmd_jax.data.prompts import TokenSource
-from dmd_jax.distillation.setting import Parts
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import check_same_network, computation_of, one_of, prompts_of
-from dmd_jax.models import Denoiser, abstract_params, complete
-from dmd_jax.teachers.stable_diffusion import stable_diffusion_teacher
-from dmd_jax.teachers.teacher import Frozen
+from dmd_jax.experiment import check_same_network, one_of, prompts_of
+from dmd_jax.models import complete
+from dmd_jax.teachers.teacher import Teacher
 from dmd_jax.text_parts import DECODERS, load_decoder, load_text_encoder, parts_folder
 from dmd_jax.tokenizer import Tokenizer, load_tokenizer
 from dmd_jax.weights import Weights, params_sha256
-
-
-def text_parts(config: ConfigDict, denoiser: Denoiser) -> Parts:
-    """The UNet, the text encoder and the decoders.
-
-    Raises:
-      UserError: an impossible value, or networks that do not fit each other.
-    """
-    one_of(config, "text.encode", ("in_step", "ahead"))
-    names = decoder_names(config)
-    teachers = {
-        name: stable_diffusion_teacher(
-            denoiser,
-            config.text.text_encoder.to_dict(),
-            config.text[name].to_dict(),
-            decoder=name,
-            **computation_of(config),
-        )
-        for name in names
-    }
-
-    def frozen() -> Frozen:
-        cond = jax.ShapeDtypeStruct((1, *denoiser.cond_shape), jnp.float32)
-        return {
-            "network": abstract_params(config.network.to_dict()),
-            "null": cond,
-            "text_encoder": abstract_params(config.text.text_encoder.to_dict()),
-            "decoders": {name: abstract_params(config.text[name].to_dict()) for name in names},
-        }
-
-    return Parts(teacher=lambda stage: teachers[stage.text.decoder], frozen=frozen)
 
 
 class Text(NamedTuple):
@@ -126,8 +92,8 @@ def _with_networks(config: ConfigDict, found: Mapping[str, Weights], parts: Path
     return config
 
 
-def null_condition(text: Text, parts: Parts, config: ConfigDict) -> Any:
+def null_condition(text: Text, teacher: Teacher) -> Any:
     """The empty prompt's condition [1, L, D], on the host."""
-    encode = jax.jit(parts.teacher(config).encode)
+    encode = jax.jit(teacher.encode)
     tokens = {"tokens": text.tokenizer.encode([""])}
     return jax.device_get(encode({"text_encoder": text.encoder.params}, tokens))

@@ -30,8 +30,8 @@ class Family(NamedTuple):
     # Arguments of `sample` and `evaluate` that no other family has.
     arguments: tuple[str, ...]
     defaults: Mapping[str, Any]  # of these and of "steps" and "batch_size"
-    # (networks, dtype=, precision=, sampling=) -> Teacher; what its samplers go by, None for the
-    # family's default, is `sampling`.
+    # (networks, dtype=, precision=, remat=, sampling=) -> Teacher; what its samplers go by, None
+    # for the family's default, is `sampling`.
     build: Callable[..., Teacher]
     load: Callable[..., Pipeline]  # see load_pipeline
 

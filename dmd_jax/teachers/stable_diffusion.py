@@ -88,7 +88,7 @@ def stable_diffusion_teacher(
         return encode_tokens(frozen["text_encoder"], rows["tokens"])
 
     def decode(frozen: Frozen, x0: jax.Array) -> jax.Array:
-        decode_latents = image_decoder(decoder_network, dtype=dtype, precision=precision)
+        decode_latents = image_decoder(decoder_network or {}, dtype=dtype, precision=precision)
         return decode_latents(frozen["decoders"][decoder], x0)
 
     return Teacher(
@@ -209,12 +209,13 @@ def _build(
     *,
     dtype: str,
     precision: str,
+    remat: str = "none",
     sampling: Mapping[str, Any] | None = None,
 ) -> Teacher:
     decoder, decoder_network = next(iter(networks.get("decoders", {}).items()), (None, None))
     return stable_diffusion_teacher(
-        build_denoiser(networks["network"], dtype=dtype, precision=precision),
-        networks["text_encoder"],
+        build_denoiser(networks["network"], dtype=dtype, precision=precision, remat=remat),
+        networks.get("text_encoder", {}),
         decoder_network,
         decoder=decoder,
         dtype=dtype,

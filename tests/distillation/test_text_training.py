@@ -15,7 +15,7 @@ from shard_labels import write_changed
 from dmd_jax.config import load_config, shipped_config
 from dmd_jax.data.pairs import PairSource
 from dmd_jax.data.pairs_metadata import read_metadata
-from dmd_jax.distillation import networks_of, setting_of
+from dmd_jax.distillation import roles_of, setting_of
 from dmd_jax.distillation.setting import data_of
 from dmd_jax.experiment import fake_weight_of, teacher_of
 from dmd_jax.losses import snr_weight
@@ -133,7 +133,7 @@ def test_only_the_teacher_is_guided(setting):
     config, found = setting
     denoiser, frozen = build_denoiser(config.network.to_dict()), found.frozen
     teacher = edm_teacher(denoiser)._replace(null=lambda frozen: frozen["null"])
-    networks, schedule = networks_of(config, teacher), denoiser.schedule
+    networks, schedule = roles_of(config, teacher), denoiser.schedule
     fresh, _ = conditions(config, found, frozen, batch_of(config, found))
     x_t = jax.random.normal(jax.random.key(0), (4, *denoiser.sample_shape))
     level = schedule.level(jnp.array([20, 300, 700, 980]))
