@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.files import path_of
+from dmd_jax.files import in_bucket, path_of
 from dmd_jax.leaf_digests import leaf_digests
 from dmd_jax.parallel.processes import settle
 from dmd_jax.seals import sealed, unsealed
@@ -135,6 +135,7 @@ class Checkpoints:
         folder = self.folder / str(step)
         state = ocp.PyTreeCheckpointHandler()
         try:
+            _check_regular(folder)
             found = state.metadata(folder / "state").tree
             if isinstance(abstract, TrainState) and "players" not in found:
                 abstract = former_layout(abstract)
@@ -198,6 +199,7 @@ def restore_subtree(folder: Path, names: Sequence[str]) -> tuple[int, str, Any] 
     with _manager(folder, options) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
+                _check_regular(folder / str(step))
                 tree = manager.item_metadata(step).state.tree
                 name = next((name for name in names if _descend(tree, name)), None)
                 if name is None:
@@ -226,6 +228,13 @@ def restore_subtree(folder: Path, names: Sequence[str]) -> tuple[int, str, Any] 
                 continue
             return step, name, _descend(state, name)
     return None
+
+
+def _check_regular(folder: Path) -> None:
+    """Raises a ValueError if there is a pipe or the like in a checkpoint: to open it may hang."""
+    for path in [] if in_bucket(folder) else folder.rglob("*"):
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f"{path.relative_to(folder)} is no regular file")
 
 
 def _changed(saved: Any, found: dict[str, str]) -> str | None:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from dmd_jax.errors import UserError, differing
 from dmd_jax.files import local_path
 from dmd_jax.seals import read_sealed, write_sealed
-from dmd_jax.stand_ins import check_real_file
+from dmd_jax.stand_ins import check_real_file, is_there
 
 # Of config.json's form, for readers to come.
 SCHEMA = 1
@@ -312,7 +312,7 @@ def save_config(config: ConfigDict, workdir: Path, *, command: str) -> None:
 
 def _read_saved(path: Path, command: str) -> tuple[ConfigDict | None, bool]:
     """The config of a workdir, None where there is none, and whether a digest vouches for it."""
-    if not path.exists():
+    if not is_there(path):
         return None, True
     content, trusted = read_sealed(path, "a run's config")
     schema, saved, written_by = (content.get(key) for key in ("schema", "config", "command"))

@@ -18,6 +18,7 @@ import numpy as np
 from dmd_jax.errors import UserError
 from dmd_jax.files import in_bucket, write_whole
 from dmd_jax.pictures import save_png
+from dmd_jax.stand_ins import check_real_file, is_there
 from dmd_jax.terminal import ERASE_LINE
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class MetricsWriter:
 
     def _copy_until(self, step: int) -> None:
         """Takes the workdir's lines up to this step over into the local folder, maybe the same."""
-        if not (self._workdir / _LINES).exists():
+        if not is_there(self._workdir / _LINES):
             return
         kept = [line for line in read_metrics(self._workdir) if line["step"] <= step]
         content = "".join(json.dumps(line) + "\n" for line in kept).encode()
@@ -163,10 +164,13 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     """The lines of WORKDIR/metrics.jsonl, in order.
 
     Damaged ones, as a kill leaves the last, are left out, with a warning that counts them.
+
+    Raises:
+      UserError: something stands in the file's place (`check_real_file`).
     """
     path = workdir / _LINES
     lines, damaged = [], 0
-    for text in path.read_bytes().splitlines() if path.exists() else []:
+    for text in _content(path).splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
@@ -178,6 +182,13 @@ def read_metrics(workdir: Path) -> list[dict[str, float]]:
     if damaged:
         log.warning("%s: %d damaged lines are left out", path, damaged)
     return lines
+
+
+def _content(path: Path) -> bytes:
+    if not is_there(path):
+        return b""
+    check_real_file(path, "the metrics of a run", may_be_empty=True)
+    return path.read_bytes()
 
 
 def _is_line(line: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from dmd_jax.errors import UserError, first_line
@@ -41,6 +42,23 @@ def check_real_file(path: str | os.PathLike, expected: str, *, may_be_empty: boo
         problem = f"cannot be read ({first_line(error)})"
     if problem:
         raise UserError(f"{path}: {problem}; expected {expected}")
+
+
+def answered(test: Callable[[], bool]) -> bool:
+    """What `path.exists`, `path.is_dir` or `path.is_file` answers.
+
+    Raises:
+      UserError: nothing, for the name is too long, or a folder on the way may not be read.
+    """
+    try:
+        return test()
+    except OSError as error:
+        raise UserError(f"{first_line(error)}; expected a path that can be read") from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether something has this name, a link that leads nowhere included."""
+    return path.exists() or path.is_symlink()
 
 
 def stand_in(beginning: bytes) -> str | None:

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from dmd_jax.convert.given_folder import GivenFolder, answered
+from dmd_jax.convert.given_folder import GivenFolder
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import in_bucket, path_of, write_json
 from dmd_jax.local_copies import local_folder
+from dmd_jax.stand_ins import answered
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")

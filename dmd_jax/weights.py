@@ -16,7 +16,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dmd_jax.checkpoints import check_same_architecture, restore_subtree
-from dmd_jax.convert.given_folder import answered
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import path_of
 from dmd_jax.local_copies import local_copy
@@ -24,7 +23,7 @@ from dmd_jax.models import Denoiser, abstract_params, build_denoiser, complete
 from dmd_jax.safetensors_stream import write_safetensors
 from dmd_jax.seals import read_sealed, write_sealed
 from dmd_jax.sharding import to_host
-from dmd_jax.stand_ins import check_real_file
+from dmd_jax.stand_ins import answered, check_real_file, is_there
 
 _LONGEST_CONFIG = 8 << 20  # bytes; the names of many classes take some
 _DTYPES = ("F32", "BF16", "F16")
@@ -184,7 +183,7 @@ def _add_leaf(digest: hashlib._Hash, name: str, leaf: Any) -> None:
 def _is_workdir(folder: Path) -> bool:
     if not answered(folder.is_dir):
         raise UserError(f"weights {folder}: no such folder; expected a weights folder or a workdir")
-    if answered((folder / "model.safetensors").exists):
+    if answered(lambda: is_there(folder / "model.safetensors")):
         return False
     if not answered((folder / "checkpoints").is_dir):
         raise UserError(
@@ -273,7 +272,7 @@ def _load_workdir(folder: Path, player: str | None) -> Weights:
     network = _network(config, folder)
     check_same_architecture(params, abstract_params(network), folder)
     names = None
-    if answered((folder / CLASSES_FILE).exists):
+    if answered(lambda: is_there(folder / CLASSES_FILE)):
         content = _read_json(folder / CLASSES_FILE, needs="class_names")
         names = _class_names(content, network, folder / CLASSES_FILE)
     return Weights(network, params, f"{folder} at step {step}, {name}", class_names=names)

@@ -9,24 +9,12 @@ from typing import Any
 
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import local_path
-from dmd_jax.stand_ins import check_real_file
+from dmd_jax.stand_ins import answered, check_real_file, is_there
 from dmd_jax.storage.safe_pickle import shown
 from dmd_jax.untrusted import read_json
 
 _LARGEST_JSON = 64 * 1024 * 1024  # bytes; a tokenizer's vocabulary has one
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-
-
-def answered(test: Callable[[], bool]) -> bool:
-    """What `path.exists`, `path.is_dir` or `path.is_file` answers.
-
-    Raises:
-      UserError: nothing, for the name is too long, or a folder on the way may not be read.
-    """
-    try:
-        return test()
-    except OSError as error:
-        raise UserError(f"{first_line(error)}; expected a path that can be read") from error
 
 
 class GivenFolder:
@@ -49,7 +37,7 @@ class GivenFolder:
     def has(self, name: str) -> bool:
         """Whether there is something of this name, a link that leads nowhere included."""
         path = self.path / name
-        return answered(lambda: path.exists() or path.is_symlink())
+        return answered(lambda: is_there(path))
 
     def file(self, name: str) -> Path:
         """The path of a file.

@@ -20,7 +20,7 @@ from dmd_jax.data.sources import ArraySource, FileSource, ImageSource, PaddedSou
 from dmd_jax.errors import UserError
 from dmd_jax.files import in_bucket, path_of
 from dmd_jax.local_copies import local_copy
-from dmd_jax.stand_ins import check_real_file
+from dmd_jax.stand_ins import check_real_file, is_there
 from dmd_jax.untrusted import read_npz
 
 FORMS = (
@@ -94,7 +94,7 @@ def _open_path(source: str) -> ImageSource:
         path = path_of(name)
         if split not in ("train", "test"):
             raise UserError(f"{source}: unknown split {split!r}, expected #train or #test")
-    if not path.exists() and not path.is_symlink():
+    if not is_there(path):
         raise UserError(f"{source}: no such file or folder, expected {FORMS}")
     if not path.is_dir():
         check_real_file(path, FORMS)

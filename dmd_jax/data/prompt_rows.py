@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.files import local_path
-from dmd_jax.stand_ins import check_real_file
+from dmd_jax.stand_ins import check_real_file, is_there
 from dmd_jax.storage.safe_pickle import shown
 
 KEYS = ("caption", "text", "prompt")
@@ -204,7 +204,7 @@ def _find_files(source: str) -> list[Path]:
     if not files:
         raise UserError(f"{source}: holds no prompts, {expected}")
     for file in files:
-        if not file.exists() and not file.is_symlink():
+        if not is_there(file):
             raise UserError(f"{source}: no such file or folder, {expected}")
         if file.suffix.lower() not in SUFFIXES:
             raise UserError(f"{file}: unknown kind of file {file.suffix!r}, {expected}")

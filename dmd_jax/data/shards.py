@@ -37,7 +37,7 @@ from dmd_jax.errors import UserError, differing
 from dmd_jax.files import in_bucket, path_of, replacing
 from dmd_jax.local_copies import local_folder
 from dmd_jax.seals import sealed
-from dmd_jax.stand_ins import check_real_file
+from dmd_jax.stand_ins import check_real_file, is_there
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ def _claim_folder(folder: Path, metadata: ShardedMetadata, process_index: int) -
     path, kind = folder / METADATA_FILE, metadata.KIND
     # In this order: another process may write both in between, the metadata first.
     has_shards = any(folder.glob(f"{kind}-*.array_record"))
-    if path.exists():
+    if is_there(path):
         theirs = dataclasses.asdict(read_metadata(folder, type(metadata)))
         ours = dataclasses.asdict(metadata)
         if different := differing(theirs, ours, "{} {!r} there, {!r} now"):

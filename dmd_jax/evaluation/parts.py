@@ -16,6 +16,8 @@ from jax.experimental import multihost_utils
 
 from dmd_jax.errors import UserError, differing, first_line
 from dmd_jax.files import replacing, write_json
+from dmd_jax.stand_ins import is_there
+from dmd_jax.untrusted import read_json
 
 log = logging.getLogger(__name__)
 
@@ -144,14 +146,15 @@ def claim(
     settings = json.loads(json.dumps(settings))
 
     def make() -> None:
-        if jax.process_index() > 0 or path.exists():
+        if jax.process_index() > 0 or is_there(path):
             return
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} holds no {SETTINGS_FILE}; expected another --out")
         write_json(path, settings)
 
     def check() -> None:
-        _check_settings(json.loads(path.read_text(encoding="utf-8")), settings, folder, others)
+        found = read_json(path, "the settings of an evaluation's parts")
+        _check_settings(found, settings, folder, others)
 
     _together(path, make)
     _together(path, check)

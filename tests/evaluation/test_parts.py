@@ -134,7 +134,7 @@ def test_one_process_that_is_refused_ends_all(tmp_path, second_of_two):
     assert not folder.exists()
     # A folder that only the first process sees.
     second_of_two[:] = [0, 0]
-    with pytest.raises(UserError, match="settings.json cannot be used: .*No such file"):
+    with pytest.raises(UserError, match="settings.json: no such file; expected"):
         claim(folder, SETTINGS)
 
 
@@ -142,9 +142,10 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "diary.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds no settings.json; expected another --out"):
         claim(tmp_path, SETTINGS)
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(UserError, match="settings.json cannot be used"):
-        claim(tmp_path, SETTINGS)
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / "settings.json").write_text(damaged)
+        with pytest.raises(UserError, match="settings.json cannot be read as JSON"):
+            claim(tmp_path, SETTINGS)
     (tmp_path / "settings.json").write_text("[]")
     with pytest.raises(UserError, match="parts of another evaluation"):
         claim(tmp_path, SETTINGS)
