@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -164,19 +163,16 @@ def _captioned(args: argparse.Namespace, conventions: Conventions) -> Subject:
         "resize": args.resize,
     }
 
-    measure_latency = None
-    if args.latency is not None:
-        shape = maker.sample_shape
-        measure_latency = functools.partial(_latency, args, pipeline, captions, shape)
+    shape = maker.sample_shape
 
     def figures(rows: Rows) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if origin is not None:
             cosines = np.concatenate([part for (part,) in rows.read("cosine")])
             found["clip"] = score(cosines) | {"prefix": prefix, "origin": origin}
-        if measure_latency is not None:
+        if args.latency is not None:
             samples.let_go()
-            found["latency"] = measure_latency()
+            found["latency"] = _latency(args, pipeline, captions, shape)
         return found
 
     return Subject(samples, settings, results, pipeline.weights.description, figures)

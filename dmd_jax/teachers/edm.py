@@ -98,7 +98,7 @@ def _checked(num_classes: int, tokens: Mapping[str, Any], rows: int) -> Tokens:
     return {"label": labels.astype(np.int32)} if num_classes else {}
 
 
-def _build(networks: Networks, *, sampling: None = None, **computation: str) -> Teacher:
+def _build(networks: Networks, **computation: str) -> Teacher:
     return edm_teacher(build_denoiser(networks["network"], **computation))
 
 

@@ -30,9 +30,7 @@ class Family(NamedTuple):
     # Arguments of `sample` and `evaluate` that no other family has.
     arguments: tuple[str, ...]
     defaults: Mapping[str, Any]  # of these and of "steps" and "batch_size"
-    # (networks, dtype=, precision=, remat=, sampling=) -> Teacher; what its samplers go by, None
-    # for the family's default, is `sampling`.
-    build: Callable[..., Teacher]
+    build: Callable[..., Teacher]  # (networks, dtype=, precision=, remat=)
     load: Callable[..., Pipeline]  # see load_pipeline
 
 

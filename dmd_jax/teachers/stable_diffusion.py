@@ -204,23 +204,12 @@ def _checked(vocab_size: int, longest: int, rows: Mapping[str, Any], count: int)
     return {"tokens": tokens}
 
 
-def _build(
-    networks: Networks,
-    *,
-    dtype: str,
-    precision: str,
-    remat: str = "none",
-    sampling: Mapping[str, Any] | None = None,
-) -> Teacher:
-    decoder, decoder_network = next(iter(networks.get("decoders", {}).items()), (None, None))
+def _build(networks: Networks, *, remat: str = "none", **computation: str) -> Teacher:
+    ((decoder, decoder_network),) = networks.get("decoders", {None: None}).items()
+    denoiser = build_denoiser(networks["network"], remat=remat, **computation)
+    encoder = networks.get("text_encoder", {})
     return stable_diffusion_teacher(
-        build_denoiser(networks["network"], dtype=dtype, precision=precision, remat=remat),
-        networks.get("text_encoder", {}),
-        decoder_network,
-        decoder=decoder,
-        dtype=dtype,
-        precision=precision,
-        sampling=sampling,
+        denoiser, encoder, decoder_network, decoder=decoder, **computation
     )
 
 
@@ -252,14 +241,18 @@ def _load(
             raise UserError(
                 f"{place}: the {what} {found}; expected {network[ours]}, the {ours} of {folder}"
             )
-    networks = {
-        "network": weights.network,
-        "text_encoder": encoder.network,
-        "decoders": {decoder: autoencoder.network},
-    }
+    teacher = stable_diffusion_teacher(
+        build_denoiser(weights.network, dtype=dtype, precision=precision),
+        encoder.network,
+        autoencoder.network,
+        decoder=decoder,
+        dtype=dtype,
+        precision=precision,
+        sampling=sampling,
+    )
     return Pipeline(
         family=STABLE_DIFFUSION,
-        teacher=_build(networks, dtype=dtype, precision=precision, sampling=sampling),
+        teacher=teacher,
         weights=weights,
         frozen={
             "network": weights.params,
