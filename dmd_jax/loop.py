@@ -35,30 +35,25 @@ class Stage(NamedTuple):
     images_per_step: int
 
 
-def run(
-    *,
-    name: str,
-    workdir: Path,
-    config: ConfigDict,
-    identity: dict[str, Any],
-    abstract: Any,
-    initialize: Callable[[], Any],
-    stages: Sequence[Stage],
-    draw_pictures: Callable[[Any], dict[str, np.ndarray]],
-    every: Mapping[str, int],
-    profile: range = range(0),
-) -> Any:
-    """Trains to the last stage's end from the newest checkpoint, or from `initialize()`.
+class Training(NamedTuple):
+    """What is trained, on what, and where it is written."""
 
-    Args:
-      config: its cadences are used here, and it is saved in the workdir.
-      identity: JSON-able facts of the teacher and the data, which a resumed run must share.
-      abstract: the state as ShapeDtypeStructs with shardings.
-      stages: at least one, in the order of their ends. The position in a stage's batches is in
-        the checkpoints.
-      draw_pictures: state -> {name: uint8 [H, W, C]}.
-      every: by the player's name: it has metrics on the first step and on each n-th after it.
-      profile: steps, counted from 1, that are traced into WORKDIR/profile.
+    name: str  # of the command
+    workdir: Path
+    config: ConfigDict  # its cadences are used, and it is saved in the workdir
+    identity: dict[str, Any]  # JSON-able facts of teacher and data, which a resumed run must share
+    abstract: Any  # the state as ShapeDtypeStructs with shardings
+    initialize: Callable[[], Any]  # the state before the first step
+    # At least one, in the order of their ends. The position in a stage's batches is in checkpoints.
+    stages: Sequence[Stage]
+    # By the player's name: it has metrics on the first step and on each n-th after it.
+    every: Mapping[str, int]
+    draw_pictures: Callable[[Any], dict[str, np.ndarray]]  # state -> {name: uint8 [H, W, C]}
+    profile: range = range(0)  # steps, counted from 1, that are traced into WORKDIR/profile
+
+
+def run(training: Training) -> Any:
+    """Trains to the last stage's end from the newest checkpoint, or from `initialize()`.
 
     Returns:
       The final state, which is in a checkpoint as well.
@@ -68,96 +63,159 @@ def run(
       UserError: a loss is not finite (names the step), the run there is of another identity or
         past the last stage, or something cannot be written or read.
     """
-    first = jax.process_index() == 0
-    total_steps = stages[-1].until
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-    restored, flags = checkpoints.restore(abstract), rounding_flags()
-    if restored is None:
-        step, state, position = 0, initialize(), {}
-    else:
-        step, state, position = restored
-        _check_same_run(position, identity, config, workdir)
-        if step > total_steps:
-            raise UserError(
-                f"{workdir} is at step {step:,}, not {total_steps:,}; expected steps of at least "
-                "that, or another --workdir"
-            )
-        if first:
-            print(f"{name}: going on from step {step} in {workdir}", file=sys.stderr)
-            _tell_other_flags(name, step, position.get("flags", {}), flags)
-    if first:
-        # Not before the checkpoint agrees: a refused config must not replace the run's own.
-        save_config(config, workdir, command=name)
-    writer = MetricsWriter(workdir, step=step, digest=position.get("metrics"), enabled=first)
-    trace = Profile(workdir / "profile", profile, step)
-    number = _stage_at(step, stages)
-    batches = stages[number].batches()
-    if position.get("batches") is not None and position.get("stage", 0) == number:
-        batches.set_state(_by_source(position["batches"], batches.get_state()))
-    progress = _progress(name, stages, number, step, enabled=first)
-    # The metrics of steps since the last line, which are part of the next one.
-    pending: list[tuple[int, dict[str, jax.Array | float]]] = [
-        (step, metrics) for step, metrics in position.get("pending", [])
-    ]
-
-    def save() -> None:
-        _check_finite(pending, checkpoints)
-        writer.flush()
-        position = {
-            "stage": number,
-            "batches": batches.get_state(),
-            "identity": identity,
-            "config": lasting(config),
-            "flags": flags,
-            "pending": pending,
-            "metrics": writer.digest,
-        }
-        checkpoints.save(step, state, position)
-
-    started_at = step
+    loop = _Loop(training)
     try:
-        with stop_requests(step) as requested:
-            while step < total_steps:
-                if step == stages[number].until:
-                    number = _stage_at(step, stages)
-                    batches = stages[number].batches()
-                    progress = _progress(name, stages, number, step, enabled=first)
-                    started_at = step
-                with trace.step(name, step + 1) as traced:
-                    batch = to_mesh(next(batches), stages[number].batch)
-                    with jax.transfer_guard("disallow"):
-                        state, metrics = stages[number].advance(state, batch)
-                    traced.append(metrics)
-                metrics = _updated(metrics, every, step)
-                step += 1
-                pending.append((step, metrics))
-                if step == started_at + 1:
-                    jax.block_until_ready(metrics)
-                    progress.restart(step)
-                if step % config.log_every == 0 or step == total_steps:
-                    values = _check_finite(pending, checkpoints)
-                    pending.clear()
-                    progress.update(step, _note(values))
-                    writer.scalars(step, values | {"images_per_second": progress.rate})
-                if step % config.checkpoint_every == 0 or step == total_steps:
-                    # Before the pictures, which may not fit on the disk or in memory.
-                    save()
-                if step == total_steps:
-                    checkpoints.wait()
-                if step % config.picture_every == 0 or step == total_steps:
-                    _check_finite(pending, checkpoints)
-                    for picture, image in draw_pictures(state).items():
-                        writer.picture(step, picture, image)
-                if signal_number := requested(step):
-                    save()
-                    checkpoints.wait()
-                    raise Stopped(step, signal_number, workdir)
+        with stop_requests(loop.step) as requested:
+            while loop.step < loop.total_steps:
+                loop.advance()
+                loop.keep()
+                if signal_number := requested(loop.step):
+                    loop.save()
+                    loop.checkpoints.wait()
+                    raise Stopped(loop.step, signal_number, training.workdir)
     finally:
-        writer.close()
-        trace.close()
+        loop.writer.close()
+        loop.trace.close()
         if sys.exc_info()[0] is None:
-            checkpoints.close()
-    return state
+            loop.checkpoints.close()
+    return loop.state
+
+
+class _Loop:
+    """A training between two of its steps."""
+
+    def __init__(self, training: Training):
+        config, workdir, first = training.config, training.workdir, jax.process_index() == 0
+        self._training, self._first = training, first
+        self.total_steps = training.stages[-1].until
+        self.checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+        restored, self._flags = self.checkpoints.restore(training.abstract), rounding_flags()
+        if restored is None:
+            self.step, self.state, position = 0, training.initialize(), {}
+        else:
+            self.step, self.state, position = restored
+            self._check_resumed(position)
+        if first:
+            # Not before the checkpoint agrees: a refused config must not replace the run's own.
+            save_config(config, workdir, command=training.name)
+        digest = position.get("metrics")
+        self.writer = MetricsWriter(workdir, step=self.step, digest=digest, enabled=first)
+        self.trace = Profile(workdir / "profile", training.profile, self.step)
+        # The metrics of steps since the last line, which are part of the next one.
+        self._pending: list[tuple[int, dict[str, jax.Array | float]]] = [
+            (step, metrics) for step, metrics in position.get("pending", [])
+        ]
+        self._enter_stage()
+        if position.get("batches") is not None and position.get("stage", 0) == self._number:
+            state = _by_source(position["batches"], self._batches.get_state())
+            self._batches.set_state(state)
+
+    def _check_resumed(self, position: dict[str, Any]) -> None:
+        """Raises a UserError where the checkpoint is no beginning of this training."""
+        name, workdir = self._training.name, self._training.workdir
+        _check_same_run(position, self._training.identity, self._training.config, workdir)
+        if self.step > self.total_steps:
+            raise UserError(
+                f"{workdir} is at step {self.step:,}, not {self.total_steps:,}; expected steps of "
+                "at least that, or another --workdir"
+            )
+        if self._first:
+            print(f"{name}: going on from step {self.step} in {workdir}", file=sys.stderr)
+            _tell_other_flags(name, self.step, position.get("flags", {}), self._flags)
+
+    def _enter_stage(self) -> None:
+        """Takes up the stage that the next step belongs to, from the start of its batches."""
+        stages = self._training.stages
+        self._number = _stage_at(self.step, stages)
+        self._stage = stages[self._number]
+        self._batches = self._stage.batches()
+        self._progress = Progress(
+            self._training.name,
+            self.total_steps,
+            start=self.step,
+            per_step=self._stage.images_per_step,
+            enabled=self._first,
+        )
+        self._started_at = self.step
+
+    def advance(self) -> None:
+        """One step."""
+        if self.step == self._stage.until:
+            self._enter_stage()
+        with self.trace.step(self._training.name, self.step + 1) as traced:
+            batch = to_mesh(next(self._batches), self._stage.batch)
+            with jax.transfer_guard("disallow"):
+                self.state, metrics = self._stage.advance(self.state, batch)
+            traced.append(metrics)
+        metrics = _updated(metrics, self._training.every, self.step)
+        self.step += 1
+        self._pending.append((self.step, metrics))
+        if self.step == self._started_at + 1:
+            jax.block_until_ready(metrics)
+            self._progress.restart(self.step)
+
+    def keep(self) -> None:
+        """Writes what is due after the step: metrics, a checkpoint, pictures."""
+        config = self._training.config
+        if self._due(config.log_every):
+            values = self._check_finite()
+            self._pending.clear()
+            self._progress.update(self.step, _note(values))
+            rate = {"images_per_second": self._progress.rate}
+            self.writer.scalars(self.step, values | rate)
+        if self._due(config.checkpoint_every):
+            # Before the pictures, which may not fit on the disk or in memory.
+            self.save()
+        if self.step == self.total_steps:
+            self.checkpoints.wait()
+        if self._due(config.picture_every):
+            self._check_finite()
+            for picture, image in self._training.draw_pictures(self.state).items():
+                self.writer.picture(self.step, picture, image)
+
+    def _due(self, cadence: int) -> bool:
+        return self.step % cadence == 0 or self.step == self.total_steps
+
+    def save(self) -> None:
+        """Starts writing a checkpoint of the step."""
+        self._check_finite()
+        self.writer.flush()
+        position = {
+            "stage": self._number,
+            "batches": self._batches.get_state(),
+            "identity": self._training.identity,
+            "config": lasting(self._training.config),
+            "flags": self._flags,
+            "pending": self._pending,
+            "metrics": self.writer.digest,
+        }
+        self.checkpoints.save(self.step, self.state, position)
+
+    def _check_finite(self) -> dict[str, float]:
+        """Fetches the pending metrics, in place; returns their means.
+
+        Raises:
+          UserError: the first loss that is not finite.
+        """
+        self._pending[:] = [
+            (step, {name: float(value) for name, value in jax.device_get(metrics).items()})
+            for step, metrics in self._pending
+        ]
+        values: dict[str, list[float]] = {}
+        for step, metrics in self._pending:
+            for name, value in metrics.items():
+                if must_be_finite(name) and not np.isfinite(value):
+                    self.checkpoints.wait()
+                    kept = self.checkpoints.steps
+                    last = (
+                        f"the last good checkpoint is step {kept[-1]}" if kept else "none was saved"
+                    )
+                    raise UserError(
+                        f"{name} is {value} at step {step}; expected a finite number; {last} "
+                        f"in {self.checkpoints.folder}"
+                    )
+                values.setdefault(name, []).append(value)
+        return {name: float(np.mean(each)) for name, each in values.items()}
 
 
 def _updated(metrics: Metrics, every: Mapping[str, int], step: int) -> dict[str, jax.Array]:
@@ -197,11 +255,6 @@ def _tell_other_flags(name: str, step: int, before: dict[str, str], now: dict[st
         )
 
 
-def _progress(name: str, stages, number: int, step: int, *, enabled: bool) -> Progress:
-    per_step = stages[number].images_per_step
-    return Progress(name, stages[-1].until, start=step, per_step=per_step, enabled=enabled)
-
-
 def _check_same_run(position, identity: dict[str, Any], config: ConfigDict, workdir: Path) -> None:
     """Raises a UserError where a checkpoint is of another teacher, of other data or settings."""
     if position["identity"] != identity:
@@ -212,27 +265,6 @@ def _check_same_run(position, identity: dict[str, Any], config: ConfigDict, work
     if "config" in position:  # not in those of earlier versions
         defaults = lasting(default_config())
         check_same_run(defaults | position["config"], lasting(config), workdir)
-
-
-def _check_finite(pending, checkpoints: Checkpoints) -> dict[str, float]:
-    """Fetches the metrics, in place; returns their means, or raises at the first bad loss."""
-    pending[:] = [
-        (step, {name: float(value) for name, value in jax.device_get(metrics).items()})
-        for step, metrics in pending
-    ]
-    values: dict[str, list[float]] = {}
-    for step, metrics in pending:
-        for name, value in metrics.items():
-            if must_be_finite(name) and not np.isfinite(value):
-                checkpoints.wait()
-                kept = checkpoints.steps
-                last = f"the last good checkpoint is step {kept[-1]}" if kept else "none was saved"
-                raise UserError(
-                    f"{name} is {value} at step {step}; expected a finite number; {last} "
-                    f"in {checkpoints.folder}"
-                )
-            values.setdefault(name, []).append(value)
-    return {name: float(np.mean(each)) for name, each in values.items()}
 
 
 def _note(values: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,12 +16,12 @@ from dmd_jax import samplers
 from dmd_jax.distillation import optimizers_of, preview_key
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import computation_of, fake_weight_of
-from dmd_jax.models import build_denoiser
+from dmd_jax.models import Denoiser, build_denoiser
 from dmd_jax.models.mlp import MLP
 from dmd_jax.objectives import DMD, Networks, Objective, dmd
 from dmd_jax.schedules import NoiseSchedule
 from dmd_jax.sharding import check_batch_size, make_mesh
-from dmd_jax.state import adamw_optimizer
+from dmd_jax.state import Optimizer
 from dmd_jax.teachers.edm import edm_teacher
 from dmd_jax.types import Generate
 
@@ -57,58 +58,17 @@ def make_plane(config: ConfigDict) -> Plane:
     mixture = build_denoiser(
         {"name": "gaussian_mixture", "means": means.tolist(), "stds": [toy.mode_std] * 2}
     )
-    fake_score = build_denoiser(config.network.to_dict(), **computation_of(config))
-    if (fake_score.sample_shape, fake_score.num_classes) != ((2,), 0):
-        raise UserError(
-            f"config.network takes samples of shape {fake_score.sample_shape} and "
-            f"{fake_score.num_classes} classes; expected (2,) and 0"
-        )
-    # Its last layer starts at zero, so that the fakes start as one Gaussian cluster.
-    network = MLP(
-        dim=2,
-        width=toy.generator_width,
-        depth=toy.generator_depth,
-        zero_init=True,
-        precision=config.matmul_precision,
-    )
-    center = jnp.asarray(toy.center, jnp.float32)
-
-    def generate(params, z, cond):
-        return center + toy.spread * z + network.apply({"params": params}, z, jnp.zeros(len(z)))
-
-    optimizers = optimizers_of(config)
-    optimizers["fake_score"] = adamw_optimizer(
-        learning_rate=config.fake_score_learning_rate,
-        warmup_steps=toy.fake_score_warmup_steps,
-        weight_decay=config.weight_decay,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        clip_norm=config.clip_norm,
-    )
-    example = jnp.zeros((1, 2)), jnp.zeros(1)
-    init = {
-        "generator": lambda frozen, key: network.init(jax.random.split(key)[0], *example)["params"],
-        "fake_score": lambda frozen, key: fake_score.init(jax.random.split(key)[1]),
-    }
     schedule = NoiseSchedule.edm(sigma_min=toy.sigma_min, sigma_max=toy.sigma_max)
-    teacher = edm_teacher(mixture)._replace(schedule=schedule)
-    networks = Networks(
-        generate=generate,
-        teacher=lambda frozen, *args: mixture.denoise(frozen["network"], *args),
-        fake_score=fake_score.denoise,
+    networks, init = _players(config, mixture)
+    objective = functools.partial(
+        dmd,
+        teacher=edm_teacher(mixture)._replace(schedule=schedule),
+        networks=networks,
+        init=init,
+        optimizers=_optimizers(config),
+        fake_weight=fake_weight_of(config),
+        preview_key=preview_key(config),
     )
-
-    def objective(settings: DMD) -> Objective:
-        return dmd(
-            settings,
-            teacher,
-            networks,
-            init=init,
-            optimizers=optimizers,
-            fake_weight=fake_weight_of(config),
-            preview_key=preview_key(config),
-        )
-
     teacher_params = mixture.init(jax.random.key(0))
     z_ref = jax.random.normal(
         jax.random.key(config.pairs.seed, impl="threefry2x32"),
@@ -125,7 +85,7 @@ def make_plane(config: ConfigDict) -> Plane:
     real = real + toy.mode_std * rng.standard_normal(real.shape)
     return Plane(
         objective=objective,
-        generate=generate,
+        generate=networks.generate,
         frozen={"network": teacher_params},
         schedule=schedule,
         pairs={"z_ref": z_ref, "y_ref": y_ref},
@@ -135,6 +95,49 @@ def make_plane(config: ConfigDict) -> Plane:
         std=toy.mode_std,
         mesh=mesh,
     )
+
+
+def _players(config: ConfigDict, mixture: Denoiser) -> tuple[Networks, dict[str, Callable]]:
+    """The functions of the three roles, and how the two that are trained start.
+
+    Raises:
+      UserError: the fake score's network takes no points of the plane.
+    """
+    toy = config.toy
+    fake_score = build_denoiser(config.network.to_dict(), **computation_of(config))
+    if (fake_score.sample_shape, fake_score.num_classes) != ((2,), 0):
+        raise UserError(
+            f"config.network takes samples of shape {fake_score.sample_shape} and "
+            f"{fake_score.num_classes} classes; expected (2,) and 0"
+        )
+    # Its last layer starts at zero, so that the fakes start as one Gaussian cluster.
+    network = MLP(
+        dim=2,
+        width=toy.generator_width,
+        depth=toy.generator_depth,
+        zero_init=True,
+        precision=config.matmul_precision,
+    )
+    center, example = jnp.asarray(toy.center, jnp.float32), (jnp.zeros((1, 2)), jnp.zeros(1))
+
+    def generate(params, z, cond):
+        return center + toy.spread * z + network.apply({"params": params}, z, jnp.zeros(len(z)))
+
+    networks = Networks(
+        generate=generate,
+        teacher=lambda frozen, *args: mixture.denoise(frozen["network"], *args),
+        fake_score=fake_score.denoise,
+    )
+    return networks, {
+        "generator": lambda frozen, key: network.init(jax.random.split(key)[0], *example)["params"],
+        "fake_score": lambda frozen, key: fake_score.init(jax.random.split(key)[1]),
+    }
+
+
+def _optimizers(config: ConfigDict) -> dict[str, Optimizer]:
+    """The config's, with a warm-up of the fake score's own."""
+    own = ConfigDict(config.to_dict() | {"warmup_steps": config.toy.fake_score_warmup_steps})
+    return optimizers_of(config) | {"fake_score": optimizers_of(own)["fake_score"]}
 
 
 def measure(points: np.ndarray, plane: Plane) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def train(
     with locked(workdir, first=jax.process_index() == 0):
         if jax.process_index() == 0:
             save_class_names(workdir, setting.class_names)
-        final = loop.run(
+        training = loop.Training(
             name=name,
             workdir=workdir,
             config=config,
@@ -105,6 +105,7 @@ def train(
             profile=profile,
             draw_pictures=preview(setting, objective, frozen, before, mesh),
         )
+        final = loop.run(training)
         trained = final.players[objective.kept].averaged
         description = setting.description.format(step=int(final.step))
         weights = Weights(setting.network, trained, description, class_names=setting.class_names)

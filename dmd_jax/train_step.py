@@ -68,21 +68,12 @@ def make_train_step(
       mesh: over whose data and fsdp axes each device works on its own rows.
     """
 
-    def split_rows(tree: Any) -> Any:
-        """Splits rows over the devices: left alone, XLA keeps what is drawn here whole on each."""
-        if mesh is None:
-            return tree
-        constrain = jax.lax.with_sharding_constraint
-        return jax.tree.map(
-            lambda leaf: constrain(leaf, batch_sharding(mesh)) if leaf.ndim else leaf, tree
-        )
-
     def updated(name: str, state: PlayerState, updates: jax.Array, view: View):
         """(the player after its update, its metrics, what its loss shares of all micro-batches)."""
         player = objective.players[name]
 
         def gradients(part: tuple[Any, Any]):
-            rows, shared = split_rows(part)
+            rows, shared = _split_rows(part, mesh)
             (_, seen), grads = jax.value_and_grad(player.loss, has_aux=True)(
                 state.params, view._replace(rows=rows, shared=shared)
             )
@@ -101,7 +92,7 @@ def make_train_step(
         """As `updated`, without an update: of the loss, XLA computes what it shares alone."""
 
         def share(part: tuple[Any, Any]):
-            rows, shared = split_rows(part)
+            rows, shared = _split_rows(part, mesh)
             _, seen = objective.players[name].loss(
                 state.params, view._replace(rows=rows, shared=shared)
             )
@@ -127,7 +118,7 @@ def make_train_step(
             return role_key(state.key, state.step, role)
 
         with program_for(mesh):
-            rows = parts_of(split_rows(objective.rows(keys, frozen, batch)), accumulation)
+            rows = parts_of(_split_rows(objective.rows(keys, frozen, batch), mesh), accumulation)
             for name in objective.players:
                 params = {other: player.params for other, player in players.items()}
                 view = View(params, frozen, rows, shared)
@@ -136,6 +127,16 @@ def make_train_step(
         return TrainState(state.step + 1, players, state.key), metrics
 
     return train_step
+
+
+def _split_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Splits rows over the devices: left alone, XLA keeps what is drawn here whole on each."""
+    if mesh is None:
+        return tree
+    constrain = jax.lax.with_sharding_constraint
+    return jax.tree.map(
+        lambda leaf: constrain(leaf, batch_sharding(mesh)) if leaf.ndim else leaf, tree
+    )
 
 
 def parts_of(rows: Any, parts: int) -> Any:
