@@ -7,7 +7,8 @@ The authors changed the run as it went: the regression's weight 0.1, 0.5, 1, 0.7
 batch from 32 and 16 to 16 and 4 for each of 72 GPUs, TAESD and later the full VAE as the decoder,
 and at the end matching levels up to 500 in place of 980. `config.stages` has these changes in their
 order; the steps at which they happen are this file's own, to be set by Table 5 for a run that
-claims its figure. The pairs began as 2.5 million; 12 million are 1.6 TB. The full VAE needs about
+claims its figure. The pairs began as 2.5 million; 12 million are 1.6 TB. A stage may have a
+"pairs.folder" of its own, whose batches go on at the position that the run has come to. The full VAE needs about
 6 GB for the backward pass of one image, so its stages want config.accumulation such that a device
 has one or two images of the regression at a time.
 """

@@ -52,6 +52,7 @@ STAGED = (
     "regression_weight",
     "min_index",
     "max_index",
+    "pairs.folder",
     "text.decoder",
 )
 

@@ -101,14 +101,11 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
         text, config = load_text(config)
     method, teacher = method_of(config), _teacher(config, config)
     frozen: dict[str, Any] = {"network": weights.params}
-    sources: dict[str, Any] = {}
     identity: dict[str, Any] = {"teacher_sha256": params_sha256(weights.params)}
-    needs = {name for _, stage in stages_of(config) for name in method.objective(stage).needs}
-    if "pairs" in needs:
-        sources["pairs"] = pairs = _open_pairs(config, teacher, identity["teacher_sha256"], text)
-        identity |= pairs_identity(pairs)
+    pairs = _pairs_by_folder(config, method, teacher, identity["teacher_sha256"], text)
+    *earlier, last = [pairs_identity(one) for one in pairs.values()] or [{}]
+    identity |= last | ({"earlier_pairs": earlier} if earlier else {})
     if text is not None:
-        sources["prompts"] = text.prompts
         identity |= text.identity()
         frozen |= {
             "null": null_condition(text, teacher),
@@ -121,7 +118,13 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
     starts = _starts(config, method.objective(config))
     for name, start in starts.items():
         identity[f"start_{name}_sha256"] = params_sha256(start)
-    preview, count = _preview(teacher, frozen, sources)
+
+    def sources(stage: ConfigDict) -> dict[str, Any]:
+        needs = method.objective(stage).needs
+        found = {"pairs": pairs[stage.pairs.folder]} if "pairs" in needs else {}
+        return found | ({"prompts": text.prompts} if "prompts" in needs else {})
+
+    preview, count = _preview(teacher, frozen, sources(config))
     return Setting(
         method=method,
         frozen=frozen,
@@ -269,6 +272,23 @@ def _preview(
         name: {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         for name, rows in first.items()
     }, count
+
+
+def _pairs_by_folder(
+    config: ConfigDict, method: Method, teacher: Teacher, teacher_sha256: str, text: Text | None
+) -> dict[str, PairSource]:
+    """The pairs of all stages that read some, in the order in which they are read last.
+
+    Raises:
+      UserError: as _open_pairs.
+    """
+    pairs: dict[str, PairSource] = {}
+    for _, stage in stages_of(config):
+        if "pairs" in method.objective(stage).needs:
+            source = pairs.pop(stage.pairs.folder, None)
+            source = source or _open_pairs(stage, teacher, teacher_sha256, text)
+            pairs[stage.pairs.folder] = source
+    return pairs
 
 
 def _open_pairs(

@@ -47,7 +47,8 @@ class Setting(NamedTuple):
     method: Method
     frozen: Frozen  # host arrays
     starts: Mapping[str, Params]  # of players that start from other weights, host arrays
-    sources: Mapping[str, Any]  # by the names of the objective's needs: source[i] -> one row
+    # A stage's config -> by the names of its objective's needs: source[i] -> one row
+    sources: Callable[[ConfigDict], Mapping[str, Any]]
     identity: dict[str, Any]  # what a resumed run must share
     network: Mapping[str, Any]  # of the player that is kept
     class_names: ClassNames
@@ -60,7 +61,7 @@ def data_of(
     setting: Setting, mesh: Mesh, stage: ConfigDict, earlier: Earlier
 ) -> Iterator[dict[str, Any]]:
     """This process's rows of a stage's endless batches, from where earlier stages have come to."""
-    objective = setting.method.objective
+    objective, sources = setting.method.objective, setting.sources(stage)
     done = sum(steps for steps, _ in earlier)
 
     def of_source(name: str, need: Need):
@@ -69,7 +70,7 @@ def data_of(
 
         count = rows(objective(stage).needs)
         return batches(
-            _Columns(setting.sources[name], need.arrays),
+            _Columns(sources[name], need.arrays),
             batch_size=count,
             seed=stage.seed,
             start=sum(steps * rows(objective(one).needs) for steps, one in earlier),

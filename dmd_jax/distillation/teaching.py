@@ -68,7 +68,7 @@ def teaching_of(config: ConfigDict) -> Setting:
         method=Method(objective, frozen=dict, ahead=None),
         frozen={},
         starts={},
-        sources={"images": images},
+        sources=lambda stage: {"images": images},
         identity={"images": len(images)},
         network=config.network.to_dict(),
         class_names=images.class_names,

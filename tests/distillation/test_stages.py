@@ -7,9 +7,12 @@ import small
 from commands import ROOT, succeeds
 
 from dmd_jax.checkpoints import Checkpoints
-from dmd_jax.config import default_config, stages_of
+from dmd_jax.config import default_config, load_config, stages_of
+from dmd_jax.data.loader import EpochOrder
+from dmd_jax.distillation import setting_of
 from dmd_jax.distillation.setting import Method, Setting, data_of
 from dmd_jax.errors import UserError
+from dmd_jax.experiment import teacher_of
 from dmd_jax.metrics import read_metrics
 from dmd_jax.objectives.objective import need
 from dmd_jax.sharding import make_mesh
@@ -99,7 +102,7 @@ def test_a_stage_takes_up_the_data_where_the_one_before_left_it():
         needs = {"numbers": need(stage.regression_batch_size, {"number": SCALAR})}
         return small.objective(batch_size=8)._replace(needs=needs)
 
-    fields = dict.fromkeys(Setting._fields) | {"sources": {"numbers": Numbers()}}
+    fields = dict.fromkeys(Setting._fields) | {"sources": lambda stage: {"numbers": Numbers()}}
     setting = Setting(**fields | {"method": Method(objective, frozen=dict, ahead=None)})
     taken = data_of(setting, make_mesh(2, 4), first, [])
     rows = [next(taken)["numbers"]["number"] for _ in range(3)]
@@ -108,3 +111,29 @@ def test_a_stage_takes_up_the_data_where_the_one_before_left_it():
     numbers = np.concatenate(rows)
     # 12 and 90: two epochs, each with every record once, and two records of a third.
     assert sorted(numbers[:50]) == sorted(numbers[50:100]) == list(range(50))
+
+
+def test_pairs_may_grow_with_the_position_kept(tiny, tmp_path):
+    """A later stage's folder has more pairs; its batches go on where the first stage's ended."""
+    _, path, weights, small = tiny
+    grown = tmp_path / "grown"
+    more = ("--config.pairs.count=96", "--config.pairs.seed=2")
+    succeeds("pairs", "--config", path, weights, *more, "--workdir", grown)
+    config = load_config(str(path), [weights, f"--config.pairs.folder={grown}"])
+    config.stages = ({"until": 3, "pairs.folder": small.partition("=")[2]},)
+    setting, mesh = setting_of(config, teacher_of(config)), make_mesh(2, 4)
+    (_, first), (_, second) = stages_of(config)
+    few, many = (setting.sources(stage)["pairs"] for stage in (first, second))
+    assert (len(many), many.metadata.seed) == (96, 2) and len(few) < 96
+    rows = config.regression_batch_size
+    for stage, earlier, pairs, done in ((first, [], few, 0), (second, [(3, first)], many, 3)):
+        batch = next(data_of(setting, mesh, stage, earlier))["pairs"]
+        order = EpochOrder(len(pairs), config.seed)
+        for row in range(rows):
+            expected = pairs[order(done * rows + row)]
+            np.testing.assert_array_equal(batch["y_ref"][row], expected["y_ref"])
+    # A run with other pairs in an earlier stage is another run.
+    assert setting.identity["pairs"] == 96
+    assert [each["pairs"] for each in setting.identity["earlier_pairs"]] == [len(few)]
+    config.stages = ()
+    assert "earlier_pairs" not in setting_of(config, teacher_of(config)).identity
