@@ -9,6 +9,7 @@ import jax
 
 from dmd_jax.errors import UserError
 from dmd_jax.state import Optimizer, Role
+from dmd_jax.teachers.teacher import Frozen
 from dmd_jax.types import Params
 
 # A batch of data: the arrays [R, ...] of each source, by the source's name.
@@ -22,7 +23,7 @@ class View(NamedTuple):
 
     # Each player's parameters: of those that come earlier in the step, after their update.
     players: Mapping[str, Params]
-    frozen: Mapping[str, Any]  # what a step only reads, see teachers.Frozen
+    frozen: Frozen  # what a step only reads
     rows: Any  # of this micro-batch, as Objective.rows made them
     shared: Mapping[str, Any]  # what the losses of earlier players shared on these rows
 
@@ -31,8 +32,8 @@ class Seen(NamedTuple):
     """What a loss gives beside its value."""
 
     metrics: Mapping[str, jax.Array] = {}  # scalars; micro-batches average them
-    shared: Mapping[str, Any] = {}  # for later players: arrays [B, ...] without a gradient
-    pictures: Mapping[str, jax.Array] = {}  # images [B, ...] behind the loss
+    # For later players of the same step, whose gradients do not reach this one: arrays [B, ...].
+    shared: Mapping[str, Any] = {}
 
 
 Loss = Callable[[Params, View], tuple[jax.Array, Seen]]
@@ -43,7 +44,7 @@ class Player(NamedTuple):
 
     # (frozen, key of the role INIT) -> the parameters before the first step. Each player of an
     # objective is given the same key.
-    init: Callable[[Mapping[str, Any], jax.Array], Params]
+    init: Callable[[Frozen, jax.Array], Params]
     loss: Loss
     optimizer: Optimizer
     every: int = 1  # updates on the first step and on each n-th after it
@@ -68,12 +69,10 @@ class Objective(NamedTuple):
     kept: str  # the player whose weights are what a run is for
     batch_size: int  # images of a step
     needs: Mapping[str, Need]  # by the source's name: "pairs", "prompts" or "images"
-    rows: Callable[[Keys, Mapping[str, Any], Batch], Any]  # (keys, frozen, batch) -> all rows
+    rows: Callable[[Keys, Frozen, Batch], Any]  # (keys, frozen, batch) -> all rows
     # (players' parameters, frozen, count rows of its sources, or of "prompts" where it needs none,
     # count) -> images to look at, by name: [count, H, W, C] in [-1, 1].
-    pictures: Callable[
-        [Mapping[str, Params], Mapping[str, Any], Batch, int], Mapping[str, jax.Array]
-    ]
+    pictures: Callable[[Mapping[str, Params], Frozen, Batch, int], Mapping[str, jax.Array]]
 
 
 def need(count: int, row: Mapping[str, jax.ShapeDtypeStruct], *, every: int = 1) -> Need:
