@@ -273,3 +273,48 @@ def test_every_step_draws_anew_and_a_seed_repeats():
     _, second, _ = run(make_step(), mesh, 3, batch=same)
     assert [m["loss_fake_score"] for m in first] == [m["loss_fake_score"] for m in second]
     assert len({float(m["loss_fake_score"]) for m in first}) == 3
+
+
+@pytest.mark.parametrize(
+    "variant, options",
+    [
+        ("plain", {}),
+        ("every_fifth", {"generator_every": 5}),
+        ("four_parts", {"accumulation": 4}),
+        ("another_weighting", {"weighting": "sigma_over_alpha", "regression_weight": 1.0}),
+    ],
+)
+def test_twelve_steps_are_those_of_the_step_written_for_two_networks(golden, variant, options):
+    """The arrays were made by the step that knew a generator and a fake score and nothing else."""
+    mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
+    state, history, _ = run(make_step(mesh=mesh, **options), mesh, 12)
+    players = jax.device_get(state.players)
+    trees = {
+        "generator": players["generator"].params,
+        "fake_score": players["fake_score"].params,
+        "ema": players["generator"].ema,
+        "generator_mu": moments(players["generator"]),
+        "fake_score_nu": players["fake_score"].opt_state[1][0].nu,
+    }
+    found = {
+        f"{name}/{jax.tree_util.keystr(path, simple=True, separator='.')}": leaf
+        for name, tree in trees.items()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+    for name in history[0]:
+        found[f"metrics/{name}"] = np.array([metrics[name] for metrics in history])
+    found["metrics/learning_rate"] = found.pop("metrics/learning_rate_generator")
+    arrays = golden("steps_of_two_networks")
+    expected = {
+        name.removeprefix(f"{variant}/"): array
+        for name, array in arrays.items()
+        if name.startswith(f"{variant}/")
+    }
+    assert found.keys() - expected.keys() == {"metrics/learning_rate_fake_score"}
+    every = options.get("generator_every", 1)
+    for name, array in expected.items():
+        ours, array = found[name], np.asarray(array)
+        if name == "metrics/learning_rate":  # told of the steps that update the generator
+            ours, array = ours[::every], array[::every]
+        scale = np.abs(array).max()
+        np.testing.assert_allclose(ours, array, rtol=0, atol=1e-6 * scale, err_msg=name)
