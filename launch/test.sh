@@ -30,5 +30,7 @@ use_environment "$checkout/.venv"
 install_requirements "${requirements[@]}"
 cd "$checkout"
 # Two at a time: a test compiles for longer than it computes, which keeps one core busy. A file's
-# tests share what they prepare.
-exec "$python" -m pytest --numprocesses=2 --dist=loadfile ${arguments[@]+"${arguments[@]}"}
+# tests share what they prepare. Files run in the order of tests/conftest.py, the longest first, and
+# not those of the most tests.
+exec "$python" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder \
+  ${arguments[@]+"${arguments[@]}"}

@@ -14,6 +14,17 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+# Files of minutes. They come first, or one process would end with the longest, and the other idle.
+LONGEST = (
+    *("test_flip_bits", "test_processes", "test_text_training", "test_train_step", "test_ablate"),
+    *("test_evaluate", "test_evaluate_text", "test_full_size", "test_quickstart", "test_bench"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture
 def golden():

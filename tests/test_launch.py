@@ -94,7 +94,7 @@ def checkout(tmp_path):
     return Checkout(tmp_path)
 
 
-TESTS = "python [-m] [pytest] [--numprocesses=2] [--dist=loadfile]"
+TESTS = "python [-m] [pytest] [--numprocesses=2] [--dist=loadfile] [--no-loadscope-reorder]"
 PYTEST = f"{TESTS} [-m] [not torch and not tpu]"
 BASE = "[-m] [pip] [install] [-qq] [--requirement] [ROOT/requirements.txt]"
 EDITABLE = "[-m] [pip] [install] [-qq] [--no-deps] [--no-build-isolation] [--editable] [ROOT]"
