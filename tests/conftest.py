@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 # Files of minutes. They come first, or one process would end with the longest, and the other idle.
 LONGEST = (
     *("test_flip_bits", "test_processes", "test_text_training", "test_train_step", "test_ablate"),
-    *("test_evaluate", "test_evaluate_text", "test_full_size", "test_quickstart", "test_bench"),
+    *("test_evaluate", "test_evaluate_captions", "test_full_size", "test_quickstart", "test_bench"),
 )
 
 
