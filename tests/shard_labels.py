@@ -6,6 +6,7 @@ from pathlib import Path
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from dmd_jax.data.shards import ShardReader, write_shards
+from dmd_jax.data.shards_metadata import metadata_sha256
 
 
 def write_records(path: Path, records: list[bytes]) -> None:
@@ -18,7 +19,7 @@ def write_records(path: Path, records: list[bytes]) -> None:
 
 def write_changed(folder: Path, metadata, out: Path, **changes) -> Path:
     """The records of a folder in another, as if they were of changed metadata."""
-    reader = ShardReader(folder, metadata)
+    reader = ShardReader(folder, metadata, metadata_sha256(folder))
     changed = dataclasses.replace(metadata, **changes)
     write_shards(out, changed, lambda start, stop: (reader[i] for i in range(start, stop)))
     return out
