@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusers_golden import LOG_VARIANCE_BIASES, VAE, drawn_input
+from once import once
 from torch_weights import drawn_params, params_of, relative_error
 
 from dmd_jax.errors import UserError
@@ -43,7 +44,7 @@ def both_ways(dtype="float32"):
     """(mean, log_variance) of IMAGE and the image of LATENTS, of one program."""
     network, params = autoencoder(dtype)
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @once
     def run(params):
         variables = {"params": params}
         moments = network.apply(variables, IMAGE, method="encode")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from edm_pickle import drawn
+from once import once
 
 from dmd_jax.convert.edm import network_from_init_kwargs, params_from_state_dict
 from dmd_jax.models import build_denoiser
@@ -68,7 +69,8 @@ def variant_of(golden, variant):
 def test_stored_networks_and_samplers_match_reference(golden, stem):
     arrays = golden(stem)
     network, params = stored_network(arrays)
-    denoise = jax.jit(build_denoiser(network).denoise)
+    traced = build_denoiser(network).denoise
+    denoise = once(traced)
     cond = arrays["labels"].argmax(axis=-1).astype(np.int32) if "labels" in arrays else None
     z = nhwc(arrays["z"])
 
@@ -76,7 +78,7 @@ def test_stored_networks_and_samplers_match_reference(golden, stem):
     assert relative_error(denoised, arrays["denoised"]) < TOLERANCE
     image = one_step(denoise, params, z, cond, schedule=NoiseSchedule.edm())
     assert relative_error(image, arrays["one_step_sigma80"]) < TOLERANCE
-    sampler = jax.jit(functools.partial(heun, denoise, num_steps=18))
+    sampler = once(functools.partial(heun, traced, num_steps=18))
     assert relative_error(sampler(params, z, cond), arrays["heun18"]) < TOLERANCE
 
 
@@ -84,7 +86,7 @@ def test_stored_networks_and_samplers_match_reference(golden, stem):
 def test_every_layer_matches_reference(golden, variant):
     arrays = variant_of(golden, variant)
     network, params = drawn_network(arrays)
-    denoise = jax.jit(build_denoiser(network).denoise)
+    denoise = once(build_denoiser(network).denoise)
     cond = arrays.get("labels")
     denoised = denoise(params, nhwc(arrays["x"]), edm_level(arrays["sigma"]), cond)
     # Each example by itself: sigma = 0.01 is all skip connection, sigma = 80 all network.
@@ -95,7 +97,7 @@ def test_every_layer_matches_reference(golden, variant):
 def test_heun_matches_reference_where_the_network_matters(golden):
     arrays = variant_of(golden, "ddpmpp_cond")
     network, params = drawn_network(arrays)
-    sampler = jax.jit(functools.partial(heun, build_denoiser(network).denoise, num_steps=6))
+    sampler = once(functools.partial(heun, build_denoiser(network).denoise, num_steps=6))
     images = sampler(params, nhwc(arrays["z"]), arrays["labels"])
     assert relative_error(images, arrays["heun6"]) < TOLERANCE
 
@@ -114,7 +116,7 @@ def test_bfloat16_of_dhariwal(golden):
 def check_bfloat16(arrays, network, params, cond, *, tolerance):
     denoiser = build_denoiser(network, dtype="bfloat16")
     level = edm_level(arrays["sigma"])
-    denoised = jax.jit(denoiser.denoise)(params, nhwc(arrays["x"]), level, cond)
+    denoised = once(denoiser.denoise)(params, nhwc(arrays["x"]), level, cond)
     assert denoised.dtype == jnp.float32
     for ours, reference in zip(denoised, arrays["denoised"]):
         assert relative_error(ours[None], reference[None]) < tolerance

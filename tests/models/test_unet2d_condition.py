@@ -20,6 +20,7 @@ from diffusers_golden import (
     outputs,
     unet_inputs,
 )
+from once import once
 from torch_weights import drawn_params, params_of, relative_error
 
 from dmd_jax.convert.torch_layout import to_torch, torch_key
@@ -40,10 +41,6 @@ V21 = {
     "upcast_attention": True,
     "prediction_type": "v_prediction",
 }
-
-
-# For programs that run once: what the compiler spends on optimising them is never earned back.
-once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
