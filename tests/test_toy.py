@@ -171,5 +171,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     overrides = ("steps=8", "log_every=8", "fake_score_learning_rate=1e30")
     argv = [f"--config.{override}" for override in overrides]
     message = fails(capsys, "toy", "--config", CONFIG, "--workdir", tmp_path, *argv)
-    assert "of the objective real_score is" in message and "at step" in message
+    assert "of the objective real_minus_fake is" in message and "at step" in message
     assert not (tmp_path / "results.json").exists()
