@@ -51,6 +51,9 @@ class BucketPath(PosixGPath):
     def is_file(self) -> bool:
         return self._kind() == "file"
 
+    def is_symlink(self) -> bool:
+        return False
+
     def resolve(self, strict: bool = False) -> BucketPath:
         return self
 
