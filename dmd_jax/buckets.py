@@ -74,6 +74,22 @@ class BucketPath(PosixGPath):
         with self._as_oserror("no such object"):
             return _files().cat_file(str(self))
 
+    def read_range(self, start: int, stop: int, generation: str) -> bytes:
+        """The bytes start to stop - 1 of the object, which has to be of that generation yet."""
+        with self._as_oserror("no such object"):
+            try:
+                _, content = _files().call(
+                    "GET",
+                    _files().url(str(self)),
+                    headers={"Range": f"bytes={start}-{stop - 1}"},
+                    ifGenerationMatch=generation,
+                )
+            except FileExistsError as error:  # gcsfs's for any condition that does not hold
+                raise OSError("it was written again or removed since it was opened") from error
+        if len(content) != stop - start:
+            raise OSError(f"{len(content)} bytes came, expected {stop - start}")
+        return content
+
     def read_text(self, encoding: str | None = None) -> str:
         return self.read_bytes().decode("utf-8")
 

@@ -45,13 +45,13 @@ def local_folder(folder: str | os.PathLike, names: Sequence[str]) -> Path:
     folder = path_of(folder)
     if not in_bucket(folder):
         return folder
-    copies = _cache() / os.fspath(folder).replace("://", "/", 1)
+    copies = cache_folder() / os.fspath(folder).replace("://", "/", 1)
     try:
         stored = folder.files()
         for name in names:
             if name not in stored:
                 raise UserError(f"{folder / name}: no such file; expected one")
-        with _locked(copies):
+        with locked_folder(copies):
             _remove_all_but(stored, copies)
             marks = {name: f"{stored[name].generation} {stored[name].size}" for name in names}
             missing = [name for name in names if not _is_current(copies / name, marks[name])]
@@ -114,12 +114,14 @@ def _mark_of(copy: Path) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder, and keeps other processes of this host waiting that want it too."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where what is kept of buckets lies on this host."""
     return Path(os.environ.get("DMD_JAX_CACHE") or "~/.cache/dmd_jax").expanduser().absolute()

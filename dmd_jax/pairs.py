@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dmd_jax.arguments import add_run_arguments, run_config
+from dmd_jax.block_cache import add_cache_argument, limit_cache
 from dmd_jax.config import save_config
 from dmd_jax.data.loader import EpochOrder
 from dmd_jax.data.pairs import write_pairs
@@ -36,9 +37,11 @@ log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
+    add_cache_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    limit_cache(args.cache_gb)
     config = run_config(args, "pairs")
     options = config.pairs
     plan = _plan(config)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dmd_jax import loop
 from dmd_jax.arguments import add_run_arguments, run_config
+from dmd_jax.block_cache import add_cache_argument, limit_cache
 from dmd_jax.config import named_stages, stages_of
 from dmd_jax.distillation import setting_of
 from dmd_jax.distillation.program import Program, program_of
@@ -31,9 +32,11 @@ from dmd_jax.workdir_lock import locked
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
     add_profile_argument(parser)
+    add_cache_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    limit_cache(args.cache_gb)
     config = run_config(args, "train")
     profile = profiled_steps(args.profile, config.steps)
     mesh = mesh_of(config)

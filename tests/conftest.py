@@ -80,3 +80,18 @@ def lpips_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("lpips") / "lpips.safetensors"
     succeeds("convert", "lpips", path)
     return path
+
+
+@pytest.fixture(scope="module")
+def gcs(tmp_path_factory):
+    """The stand-in, with the buckets "bucket" and, which nobody may use, "closed"."""
+    from stand_in_gcs import Gcs, serving
+
+    store = Gcs("bucket", "closed")
+    store.closed.add("closed")
+    with serving(store) as environment, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DMD_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield store

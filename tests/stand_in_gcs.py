@@ -43,13 +43,14 @@ class Gcs:
 
     buckets: names -> objects by their names. closed: names of buckets that nobody has a right to.
     requests: how often each ("READ" or "WRITE", bucket, object) was asked for.
+    ranges: how often each (object, first byte, byte after the last) was asked for.
     on_put: called with the bucket and the name of an object before the answer to its writer.
     """
 
     def __init__(self, *buckets):
         self.buckets = {bucket: {} for bucket in buckets}
         self.closed = set()
-        self.requests = Counter()
+        self.requests, self.ranges = Counter(), Counter()
         self.on_put = lambda bucket, name: None
         self.lock = threading.Lock()
         self.uploads = {}
@@ -225,6 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         stop = min(size, int(wanted[2]) + 1) if wanted[1] and wanted[2] else size
         if start >= size:
             raise Refused(416, "The requested range cannot be satisfied.")
+        self.gcs.ranges[name, start, stop] += 1
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         self._answer(206, content[start:stop], headers)
 

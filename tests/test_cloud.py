@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from commands import ROOT, TINY, fails, finish, start, succeeds
 from PIL import Image
-from stand_in_gcs import PAGE, Gcs, serving
+from stand_in_gcs import PAGE
 
 from dmd_jax.auxiliary import LPIPS, load_auxiliary
 from dmd_jax.checkpoints import Checkpoints
@@ -24,19 +24,6 @@ from dmd_jax.metrics import MetricsWriter, read_metrics
 from dmd_jax.profiling import Profile
 from dmd_jax.teachers.families import load_pipeline
 from dmd_jax.weights import load_weights
-
-
-@pytest.fixture(scope="module")
-def gcs(tmp_path_factory):
-    """The stand-in, with the buckets "bucket" and, which nobody may use, "closed"."""
-    store = Gcs("bucket", "closed")
-    store.closed.add("closed")
-    with serving(store) as environment, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DMD_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield store
 
 
 @pytest.fixture
@@ -246,6 +233,7 @@ def test_a_bucket_path_does_what_a_path_does(gcs, folder):
     assert not (folder / "b").exists()
     (folder / "a").rename(folder / "c")
     assert sorted((folder / "c").files()) == names and not (folder / "a").exists()
+    assert not (folder / "a").is_symlink() and not (folder / "b").is_symlink()
     assert folder.resolve() == folder and (folder / "a").parent == folder
     with pytest.raises(FileNotFoundError, match="no such object"):
         (folder / "none").read_bytes()

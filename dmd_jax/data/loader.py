@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -37,7 +38,8 @@ def batches(
 
     Args:
       source: anything with `len(source)` and `source[i] -> dict of arrays`, safe to read from
-        several threads, such as `open_images` and `PairSource` give.
+        several threads, such as `open_images` and `PairSource` give. Where it has an attribute
+        `at_once`, so many records of a batch are asked for at the same time.
       batch_size: examples in the global batch.
       seed: any whole number of at least 0.
       start: examples that were taken before, perhaps in batches of another size.
@@ -136,7 +138,13 @@ class _LocalBatches:
                 }
             return self._unread
         first = k * self._batch_size + self._start
-        records = [self._record(first + row) for row in self._rows]
+        positions = [first + row for row in self._rows]
+        at_once = getattr(self._source, "at_once", 1)
+        if at_once == 1:
+            records = [self._record(position) for position in positions]
+        else:
+            with ThreadPoolExecutor(at_once) as pool:
+                records = list(pool.map(self._record, positions))
         return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
     def _record(self, position: int) -> dict[str, np.ndarray]:

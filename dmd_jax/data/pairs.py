@@ -110,6 +110,11 @@ class PairSource:
                     "as the configuration says"
                 )
 
+    @property
+    def at_once(self) -> int:
+        """How many are worth asking for at the same time."""
+        return self._records.at_once
+
     def __len__(self) -> int:
         return len(self._records)
 

@@ -134,6 +134,11 @@ class PromptSource:
         self.metadata, digest = read_with_digest(folder, PromptsMetadata)
         self._records = ShardReader(folder, self.metadata, digest)
 
+    @property
+    def at_once(self) -> int:
+        """How many are worth asking for at the same time."""
+        return self._records.at_once
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -155,6 +160,11 @@ class TokenSource:
 
     def __init__(self, prompts: PromptSource, tokenizer: Tokenizer):
         self._prompts, self._tokenizer = prompts, tokenizer
+
+    @property
+    def at_once(self) -> int:
+        """How many are worth asking for at the same time."""
+        return self._prompts.at_once
 
     def __len__(self) -> int:
         return len(self._prompts)

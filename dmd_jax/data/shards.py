@@ -6,8 +6,8 @@ which metadata.json it is, so that a shard with another's name is noticed when t
 Shards of earlier versions have no label; they are read without that check and with a warning.
 ArrayRecord keeps and checks a 64-bit hash of every record, so a record that was damaged on disk is
 noticed when it is read. ArrayRecord reads and writes files on a disk alone: the shards of a bucket
-are written on this host and then copied there, and are copied to this host, all of them, before
-they are read.
+are written on this host and then copied there. They are read from copies where block_cache.py has
+room for all of them, else record by record through data/shard_stream.py.
 """
 
 from __future__ import annotations
@@ -22,27 +22,32 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from dmd_jax.block_cache import shared_cache
+from dmd_jax.data.shard_labels import Shard, count_records, shards_of
+from dmd_jax.data.shard_stream import ShardStream, open_reader
 from dmd_jax.data.shards_metadata import (
     METADATA_FILE,
     ShardedMetadata,
     metadata_sha256,
     read_metadata,
 )
-from dmd_jax.errors import UserError, differing
+from dmd_jax.errors import UserError, differing, first_line
 from dmd_jax.files import in_bucket, path_of, replacing
 from dmd_jax.local_copies import local_folder
+from dmd_jax.metrics import Pace, Progress
 from dmd_jax.seals import sealed
 from dmd_jax.stand_ins import check_real_file, is_there
 
 log = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 256  # well below the usual limit of 1024 open files
-_LABEL = b"\0dmd_jax shard\n"  # a label's beginning, which no pair of floats and no prompt has
+MAX_OPEN_STREAMS = 128  # each is two files
+AT_ONCE = 16  # requests to a bucket, each of which takes tens of milliseconds
 
 
 def write_shards(
@@ -74,7 +79,7 @@ def write_shards(
     """
     folder = path_of(folder)
     _claim_folder(folder, metadata, process_index)
-    shards = _shards(metadata, metadata_sha256(folder))[process_index::process_count]
+    shards = shards_of(metadata, metadata_sha256(folder))[process_index::process_count]
     if in_bucket(folder):
         present = folder.files()  # each was counted before it was copied there
         missing = [shard for shard in shards if shard.name not in present]
@@ -94,19 +99,22 @@ def write_shards(
 class ShardReader:
     """The records of a finished folder. May be pickled, and read from several threads.
 
-    Shards are opened when they are first read; those of a bucket are copied to this host at once.
+    Shards are opened when they are first read. Those of a bucket are copied to this host at once
+    where the cache has room for them, else only what is asked for is read of them.
 
     Raises UserError if shards are missing, truncated or under another's name, or cannot be copied,
-    and, when a record is read, if it is damaged.
+    and, when a record is read, if it is damaged, or if the shard in the bucket cannot be reached
+    or was written again since the folder was opened.
     """
 
     def __init__(self, folder: str | os.PathLike, metadata: ShardedMetadata, metadata_sha256: str):
         self._folder, self._metadata = path_of(folder), metadata
-        self._local = self._folder  # where they are read
-        self._check_shards(_shards(metadata, metadata_sha256))
+        self._streamed = None  # the objects by their names, where they are streamed
+        self._local = self._folder  # where the others are read
+        self._check_shards(shards_of(metadata, metadata_sha256))
         self._readers, self._lock = collections.OrderedDict(), threading.Lock()
 
-    def _check_shards(self, shards: Sequence[_Shard]) -> None:
+    def _check_shards(self, shards: Sequence[Shard]) -> None:
         kind = self._metadata.KIND
         present = {path.name for path in self._folder.iterdir()}
         names = [shard.name for shard in shards]
@@ -117,24 +125,62 @@ class ShardReader:
                 f"{self._folder}: {len(missing)} of {len(shards)} shards are missing ({named}): "
                 f"not finished, run {kind} again"
             )
-        self._local = local_folder(self._folder, names)
-        unlabelled = 0
-        for shard in shards:
-            path = self._folder / shard.name
-            check_real_file(self._local / shard.name, f"a shard of {kind}", may_be_empty=True)
-            found, labelled = _count_records(self._local / shard.name, shard, named=path)
-            unlabelled += not labelled
-            if found != shard.size:
-                raise UserError(
-                    f"{path}: truncated or damaged, {found} {kind} are readable, "
-                    f"expected {shard.size}: run {kind} again to make this shard anew"
-                )
+        self._fetch(names)
+        unlabelled = sum(not labelled for labelled in self._checked(shards))
         if unlabelled:
             log.warning(
                 "%s: %d of %d shards do not say which they are, as %s of earlier versions do not; "
                 "a shard under another's name would not be noticed",
                 *(self._folder, unlabelled, len(shards), kind),
             )
+
+    def _fetch(self, names: Sequence[str]) -> None:
+        """Copies the shards of a bucket, or lists them where there is no room for copies."""
+        if in_bucket(self._folder):
+            stored = self._folder.files()
+            shards = {name: stored[name] for name in names if name in stored}
+            size = sum(one.size for one in shards.values())
+            if not shared_cache().admits(str(self._folder), size):
+                self._streamed = shards
+                return
+        self._local = local_folder(self._folder, names)
+
+    def _checked(self, shards: Sequence[Shard]) -> Iterator[bool]:
+        """Whether each shard has a label; raises a UserError at the first that is not whole."""
+        if self._streamed is None:
+            yield from map(self._is_labelled, shards)
+            return
+        progress, pace = Progress(f"open {self._folder}", len(shards), unit="shards"), Pace()
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            try:
+                for done, labelled in enumerate(pool.map(self._is_labelled, shards), start=1):
+                    if pace.due():
+                        progress.update(done)
+                    yield labelled
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _is_labelled(self, shard: Shard) -> bool:
+        path, kind = self._folder / shard.name, shard.kind
+        expected = f"a shard of {kind}"
+        if self._streamed is None:
+            check_real_file(self._local / shard.name, expected, may_be_empty=True)
+        with self._reading(path):
+            reader = self._open(shard.name)
+            found, labelled = count_records(reader, path, shard)
+            if isinstance(reader, ShardStream) and not found:
+                reader.check_kind(expected)
+        if found != shard.size:
+            raise UserError(
+                f"{path}: truncated or damaged, {found} {kind} are readable, "
+                f"expected {shard.size}: run {kind} again to make this shard anew"
+            )
+        return labelled
+
+    @property
+    def at_once(self) -> int:
+        """How many records are worth asking for at the same time."""
+        return 1 if self._streamed is None else AT_ONCE
 
     def __len__(self) -> int:
         return self._metadata.count
@@ -145,7 +191,8 @@ class ShardReader:
             raise IndexError(f"number {index} of {len(self)} {self._metadata.KIND}")
         shard, row = divmod(index, self._metadata.shard_size)
         try:
-            (record,) = self._reader(shard).read([row])
+            with self._reading(self._folder / self._metadata.shard_name(shard)):
+                (record,) = self._reader(shard).read([row])
         except (RuntimeError, IndexError) as error:
             raise self.damaged(index, str(error).partition(";")[0]) from error
         return record
@@ -159,16 +206,34 @@ class ShardReader:
             f"{self._metadata.KIND} again"
         )
 
-    def _reader(self, shard: int) -> ArrayRecordReader:
+    def _reader(self, shard: int) -> ArrayRecordReader | ShardStream:
         with self._lock:
-            reader = self._readers.pop(shard, None)
-            if reader is None:
-                reader = _open_reader(self._local / self._metadata.shard_name(shard))
+            reader = self._readers.get(shard)
+        # Not under the lock: a stream may wait for the bucket. Two threads may open the same.
+        reader = reader or self._open(self._metadata.shard_name(shard))
+        with self._lock:
             self._readers[shard] = reader
+            self._readers.move_to_end(shard)
             # Not closed here: another thread may be reading from it, and the last one closes it.
-            if len(self._readers) > MAX_OPEN_SHARDS:
+            if len(self._readers) > (MAX_OPEN_STREAMS if self._streamed else MAX_OPEN_SHARDS):
                 self._readers.popitem(last=False)
-            return reader
+        return reader
+
+    def _open(self, name: str) -> ArrayRecordReader | ShardStream:
+        if self._streamed is None:
+            return open_reader(self._local / name)
+        return ShardStream(self._folder / name, self._streamed[name], shared_cache())
+
+    @contextlib.contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        """Names the shard in a bucket that cannot be read."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read: {first_line(error)}; expected the shard as it was when "
+                "the run began"
+            ) from error
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock")}
@@ -178,85 +243,10 @@ class ShardReader:
         self._readers, self._lock = collections.OrderedDict(), threading.Lock()
 
 
-def _open_reader(path: Path) -> ArrayRecordReader:
-    # No read-ahead and no thread of its own: records are read one by one in random order.
-    options = "readahead_buffer_size:0,max_parallelism:0"
-    return ArrayRecordReader(str(path), options, file_reader_buffer_size=32768)
-
-
-class _Shard(NamedTuple):
-    """Which records a shard holds, of which folder; and that is what its label says."""
-
-    kind: str
-    name: str
-    start: int
-    stop: int
-    metadata_sha256: str
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def label(self) -> bytes:
-        return _LABEL + json.dumps(self._asdict()).encode()
-
-
-def _shards(metadata: ShardedMetadata, metadata_sha256: str) -> list[_Shard]:
-    """All shards of a folder with this metadata.json."""
-    kind, digest = metadata.KIND, metadata_sha256
-    return [
-        _Shard(kind, metadata.shard_name(number), *metadata.shard_range(number), digest)
-        for number in range(metadata.num_shards)
-    ]
-
-
-def _count_records(path: Path, shard: _Shard, *, named: Path | None = None) -> tuple[int, bool]:
-    """How many records of a shard can be read, its label left out, and whether it has one.
-
-    A file without a whole index or last record, such as a truncated one, counts as 0.
-
-    Args:
-      named: the path for a message, where the file is a copy.
-
-    Raises:
-      UserError: it has another shard's label.
-    """
-    # Closing the reader of a torn file raises, so it is left to be closed when it is dropped.
-    reader = _open_reader(path)
-    found = reader.num_records()
-    try:
-        (last,) = reader.read([found - 1]) if found else (b"",)
-    except (RuntimeError, IndexError):
-        return 0, False
-    if not last.startswith(_LABEL):
-        return found, False
-    if last != shard.label:
-        raise _mistaken(named or path, last, shard)
-    return found - 1, True
-
-
-def _mistaken(path: Path, label: bytes, expected: _Shard) -> UserError:
-    """The error for a shard that has another's label."""
-    try:
-        found = _Shard(**json.loads(label.removeprefix(_LABEL)))
-    except (ValueError, TypeError):
-        return UserError(f"{path}: its label {label!r:.200} is none, expected {expected.label!r}")
-    if found.metadata_sha256 != expected.metadata_sha256:
-        return UserError(
-            f"{path}: is {found.name!r:.100} of a folder with another {METADATA_FILE}, expected a "
-            f"shard of this folder, and its {METADATA_FILE} as it was written"
-        )
-    return UserError(
-        f"{path}: is {found.name!r:.100}, expected {expected.kind} {expected.start} to "
-        f"{expected.stop - 1}: give it back its name, or delete it and run {expected.kind} again"
-    )
-
-
-def _is_whole(path: Path, shard: _Shard) -> bool:
+def _is_whole(path: Path, shard: Shard) -> bool:
     if not path.is_file():
         return False
-    found, _ = _count_records(path, shard)
+    found, _ = count_records(open_reader(path), path, shard)
     if found != shard.size:
         log.warning(
             "%s is torn: %d of %d %s readable; making it again",
@@ -290,7 +280,7 @@ def _claim_folder(folder: Path, metadata: ShardedMetadata, process_index: int) -
         raise _not_written(path, error, kind) from error
 
 
-def _write_shard(path: Path, records: Iterable[bytes], shard: _Shard) -> None:
+def _write_shard(path: Path, records: Iterable[bytes], shard: Shard) -> None:
     try:
         with _appearing(path, ".tmp") as temporary:
             # Groups of one record are what random access wants; noise does not compress.
@@ -300,7 +290,7 @@ def _write_shard(path: Path, records: Iterable[bytes], shard: _Shard) -> None:
                     writer.write(record)
             finally:
                 writer.close()  # most write failures surface only here
-            if _count_records(temporary, shard) != (shard.size, True):
+            if count_records(open_reader(temporary), path, shard) != (shard.size, True):
                 raise OSError(f"fewer than its {shard.size} {shard.kind} can be read back")
     except (OSError, RuntimeError) as error:
         raise _not_written(path, error, shard.kind) from error

@@ -493,7 +493,7 @@ def test_a_full_device_for_the_metadata(tmp_path):
 
 
 def test_a_shard_that_cannot_be_read_back_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmd_jax.data.shards._count_records", lambda *args: (4, True))
+    monkeypatch.setattr("dmd_jax.data.shards.count_records", lambda *args: (4, True))
     with pytest.raises(UserError, match="fewer than its 5 pairs can be read back"):
         write_pairs(tmp_path, metadata(), make_shard)
     assert [path.name for path in tmp_path.iterdir()] == ["metadata.json"]
