@@ -16,6 +16,9 @@ import numpy as np
 BLOCK = 1 << 16  # bytes; a header of the file's structure interrupts each at its beginning
 _BLOCK_HEADER, _CHUNK_HEADER = 24, 40
 _SIMPLE, _UNCOMPRESSED = ord("r"), 0
+_MAGIC = 0x71930E704FDAE05E
+# Protocol buffers have a tag before each number: its field, and 0 for the kind of it.
+_FIELDS = (1 << 3, 2 << 3, 3 << 3)
 
 
 class ShardIndex(NamedTuple):
@@ -34,10 +37,10 @@ def index_start(end: bytes, size: int) -> int:
     Raises:
       ValueError: these are not the last bytes of a shard.
     """
-    records = _records(end, size - BLOCK)
-    start = _numbers(records[0]).get(1, -1) if records else -1
-    if not 0 <= start <= size - BLOCK:
-        raise ValueError(f"an index at {start}")
+    sizes, records = _records(end, size - BLOCK)
+    tag, start, *rest = [*_varints(records[: sizes[0]]).tolist(), 0] if len(sizes) else [0, 0]
+    if tag != _FIELDS[0] or rest[:2] != [_FIELDS[1], _MAGIC] or start > size - BLOCK:
+        raise ValueError("no place of an index")
     return start
 
 
@@ -47,30 +50,38 @@ def read_index(index: bytes, start: int) -> ShardIndex:
     Raises:
       ValueError: these are not the bytes of an index, or it is not plain.
     """
-    _, *chunks = [_numbers(record) for record in _records(index, start)] or [{}]
-    starts = np.array([*(chunk.get(1, -1) for chunk in chunks), start], np.int64)
-    group = chunks[0].get(3, 0) if chunks else 1
-    if (np.diff(starts) <= 0).any() or starts[0] < 0 or group < 1:
-        raise ValueError("chunks out of order")
+    sizes, records = _records(index, start)
+    if not len(sizes):
+        raise ValueError("an index without its head")
+    numbers = _varints(records[sizes[0] :])
+    chunks = len(sizes) - 1
+    if len(numbers) != 2 * len(_FIELDS) * chunks:
+        raise ValueError("chunks of an unknown kind")
+    numbers = numbers.reshape(chunks, len(_FIELDS), 2)  # of each field its tag and its value
+    starts = np.append(numbers[:, 0, 1], start)
+    group = int(numbers[0, 2, 1]) if chunks else 1
+    if (numbers[..., 0] != _FIELDS).any() or (np.diff(starts) <= 0).any() or group < 1:
+        raise ValueError("chunks of an unknown kind or out of order")
     return ShardIndex(starts, group)
 
 
-def _records(content: bytes, start: int) -> list[bytes]:
-    """The records of the chunk that begins at byte `start` of a file."""
+def _records(content: bytes, start: int) -> tuple[np.ndarray, bytes]:
+    """The sizes of the records of the chunk that begins at byte `start` of a file, and the records.
+
+    Raises:
+      ValueError: it is compressed or cut off.
+    """
     chunk = _without_block_headers(content, start)
     size, count = int.from_bytes(chunk[8:16], "little"), int.from_bytes(chunk[25:32], "little")
     data = chunk[_CHUNK_HEADER : _CHUNK_HEADER + size]
     if chunk[24:25] != bytes([_SIMPLE]) or data[:1] != bytes([_UNCOMPRESSED]):
         raise ValueError("no plain chunk")
-    taken, at = _varint(data, 1)
-    begin, records = at + taken, []
-    for _ in range(count):
-        length, at = _varint(data, at)
-        records.append(data[begin : begin + length])
-        begin += length
-    if begin > len(data):
+    first = next((at for at in range(1, len(data)) if data[at] < 128), 0) + 1
+    (taken,) = _varints(data[1:first]).tolist() or [0]
+    sizes, records = _varints(data[first : first + taken]), data[first + taken :]
+    if len(sizes) != count or sum(sizes.tolist()) != len(records):
         raise ValueError("a chunk that is cut off")
-    return records
+    return sizes, records
 
 
 def _without_block_headers(content: bytes, start: int) -> bytes:
@@ -83,29 +94,23 @@ def _without_block_headers(content: bytes, start: int) -> bytes:
     return b"".join(parts)
 
 
-def _numbers(message: bytes) -> dict[int, int]:
-    """The whole numbers of a protocol buffer by their fields."""
-    at, numbers = 0, {}
-    while at < len(message):
-        tag, at = _varint(message, at)
-        value, at = _varint(message, at)
-        if tag & 7 == 0:
-            numbers[tag >> 3] = value
-        elif tag & 7 == 2:  # as many bytes
-            at += value
-        else:
-            raise ValueError(f"wire type {tag & 7}")
+def _varints(data: bytes) -> np.ndarray:
+    """The numbers of seven bits a byte, the lowest first, of which all these bytes are: int64.
+
+    Raises:
+      ValueError: one is cut off, or has more than 63 bits.
+    """
+    content = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(content < 128)
+    begins = np.append(0, ends + 1)
+    if begins[-1] != len(content):
+        raise ValueError("a number that is cut off")
+    lengths = np.diff(begins)
+    if (lengths > 9).any():
+        raise ValueError("a number of more than 63 bits")
+    numbers = np.zeros(len(ends), np.int64)
+    for byte in range(max(lengths, default=0)):
+        longer = lengths > byte
+        part = content[begins[:-1][longer] + byte] & 127
+        numbers[longer] |= part.astype(np.int64) << 7 * byte
     return numbers
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first, and where it ends."""
-    value = 0
-    for shift in range(0, 63, 7):
-        if at >= len(data):
-            raise ValueError("a number that is cut off")
-        byte, at = data[at], at + 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError("a number of more than 63 bits")

@@ -1,6 +1,7 @@
 """Pairs and prompts of a bucket that are read through a cache smaller than they are."""
 
 import hashlib
+import os
 import random
 import signal
 import threading
@@ -86,6 +87,17 @@ def on_disk():
     return total
 
 
+def open_files():
+    """The bytes that files of the cache folder take which are open and have no name."""
+    total = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # that of this listing
+            name = os.readlink(link)
+            if name.startswith(str(cache_folder())) and name.endswith("(deleted)"):
+                total += 512 * link.stat().st_blocks
+    return total
+
+
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name in expected:
@@ -105,7 +117,7 @@ def test_pairs_are_the_same_and_the_cache_is_bounded(pairs, monkeypatch, pages, 
     for index in random.Random(0).sample(range(COUNT), 80):
         assert_same(streamed[index], local[index])
         most = max(most, on_disk())
-        assert most <= pages * PAGE
+        assert most <= pages * PAGE and open_files() == 0
     if least_unit == 1:
         assert most == pages * PAGE or pages == 100  # it is used, not only bounded
     assert not (cache_folder() / "gs").exists()
