@@ -60,19 +60,20 @@ def teacher(schedule=None):
     return edm_teacher(Denoiser(init, denoise, SHAPE, CLASSES, schedule or NoiseSchedule.edm()))
 
 
-def objective(*, optimizer=None, teacher=teacher(), **settings):  # noqa: B008
+def objective(*, optimizer=None, family=None, **settings):
     """DMD of the small denoiser; both players start as the teacher's copy."""
+    family = family or teacher()
     optimizer = optimizer or adamw_optimizer(learning_rate=1e-3, warmup_steps=4)
     settings = {"regression_batch_size": settings["batch_size"]} | settings
     networks = Networks(
-        generate=functools.partial(samplers.one_step, denoise, schedule=teacher.schedule),
+        generate=functools.partial(samplers.one_step, denoise, schedule=family.schedule),
         teacher=lambda frozen, *args: denoise(frozen["network"], *args),
         fake_score=denoise,
     )
     names = ("generator", "fake_score")
     return dmd(
         DMD(**settings),
-        teacher,
+        family,
         networks,
         init=dict.fromkeys(names, lambda frozen, key: frozen["network"]),
         optimizers=dict.fromkeys(names, optimizer),

@@ -229,7 +229,7 @@ def test_reference_latents_in_the_matching_loss_on_any_mesh_in_any_parts():
         batch_size=2 * pairs,
         regression_batch_size=pairs,
         match_reference=True,
-        teacher=small.teacher()._replace(draw_tokens=None),
+        family=small.teacher()._replace(draw_tokens=None),
     )
     mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
     state, history, _ = run(make_step(**options), mesh, 3, batch)
