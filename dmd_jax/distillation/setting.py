@@ -86,6 +86,7 @@ class _Columns:
 
     def __init__(self, source: Any, names: Mapping[str, Any]):
         self._source, self._names = source, tuple(names)
+        self.at_once = getattr(source, "at_once", 1)
 
     def __len__(self) -> int:
         return len(self._source)

@@ -188,28 +188,37 @@ def test_threads_that_want_the_same_fetch_it_once(gcs, pairs, monkeypatch):
     assert times == [1] * (10 + len(set(order)))
 
 
+class Watched:
+    """Slows the requests to the bucket down and counts them; most: those at the same time."""
+
+    def __init__(self, monkeypatch):
+        self.requests = self.most = self.peak = self._running = 0
+        lock, read_range = threading.Lock(), BucketPath.read_range
+
+        def watched(*arguments):
+            with lock:
+                self.requests += 1
+                self._running += 1
+                self.most = max(self.most, self._running)
+                self.peak = max(self.peak, on_disk())
+            time.sleep(0.02)
+            with lock:
+                self._running -= 1
+            return read_range(*arguments)
+
+        monkeypatch.setattr(BucketPath, "read_range", watched)
+
+
 def test_records_of_a_batch_are_asked_for_at_the_same_time(pairs, monkeypatch):
     here, folder = pairs
     limit_cache(1e-9)
-    source, running, most = open_pairs(folder), 0, 0
-    read_range, lock = BucketPath.read_range, threading.Lock()
-
-    def slow(*arguments):
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        time.sleep(0.02)
-        with lock:
-            running -= 1
-        return read_range(*arguments)
-
-    monkeypatch.setattr(BucketPath, "read_range", slow)
+    source = open_pairs(folder)
+    watched = Watched(monkeypatch)
     expected = batches(open_pairs(here), batch_size=24, seed=3)
     found = batches(source, batch_size=24, seed=3)
     for _ in range(10):  # more than an epoch
         assert_same(next(found), next(expected))
-    assert most > 8
+    assert watched.most > 8  # the loader has four threads
 
 
 def test_a_folder_that_fits_in_half_of_the_cache_is_copied_whole(gcs, pairs):
@@ -379,19 +388,11 @@ def test_training_through_a_cache_of_a_tenth_gives_the_same_weights(
     gcs.put_folder("bucket", "training", tmp_path / "pairs")
     limit = shards_size(tmp_path / "pairs") // 10
 
-    peak, requests = 0, 0
-    read_range = BucketPath.read_range
-
-    def measured(*arguments):
-        nonlocal peak, requests
-        peak, requests = max(peak, on_disk()), requests + 1
-        return read_range(*arguments)
-
-    monkeypatch.setattr(BucketPath, "read_range", measured)
+    watched = Watched(monkeypatch)
     for name, folder in (("here", tmp_path / "pairs"), ("there", "gs://bucket/training")):
         pairs = f"--config.pairs.folder={folder}"
         cache = f"--cache-gb={limit / 1e9}"
         succeeds("train", *tiny[:3], pairs, "--workdir", tmp_path / name, cache)
     assert weights_sha256(tmp_path / "there") == weights_sha256(tmp_path / "here")
-    assert 0 < peak <= limit and requests > 50
+    assert 0 < watched.peak <= limit and watched.requests > 50 and watched.most > 4
     assert not (cache_folder() / "gs").exists()
