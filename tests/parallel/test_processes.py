@@ -72,7 +72,7 @@ def stopped_at(output):
 
 
 def average(workdir):
-    _, _, params = restore_subtree(workdir / "checkpoints", ["ema"])
+    _, _, params = restore_subtree(workdir / "checkpoints", ["players/teacher/ema"])
     return jax.tree.leaves(params)
 
 
