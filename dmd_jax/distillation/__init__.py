@@ -263,11 +263,15 @@ def _preview(
     """The batch of pictures, the first rows of each source; and how many."""
     latents = jax.ShapeDtypeStruct((1, *teacher.sample_shape), jnp.float32)
     size = jax.eval_shape(teacher.decode, frozen, latents).shape[1]
-    count = min([COLUMNS if size <= 64 else LARGE_COLUMNS, *map(len, sources.values())])
+    count = COLUMNS if size <= 64 else LARGE_COLUMNS
     if not sources:
         tokens = teacher.draw_tokens(jax.random.key(0), count)
         return {"prompts": jax.device_get(dict(tokens))}, count
-    first = {name: [source[index] for index in range(count)] for name, source in sources.items()}
+    count = min(count, len(next(iter(sources.values()))))
+    first = {
+        name: [source[index % len(source)] for index in range(count)]
+        for name, source in sources.items()
+    }
     return {
         name: {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         for name, rows in first.items()
