@@ -33,7 +33,6 @@ from dmd_jax.schedules import NoiseSchedule
 from dmd_jax.teachers.families import family_of, networks_of
 from dmd_jax.teachers.family import abstract_frozen, abstract_tokens
 from dmd_jax.teachers.teacher import Frozen, Teacher
-from dmd_jax.text_parts import DECODERS
 from dmd_jax.types import Params
 from dmd_jax.weights import Weights, load_weights, params_sha256
 
@@ -54,11 +53,13 @@ def method_of(config: ConfigDict) -> Method:
             f"expected 1.0 and False for a teacher that is {family.network_is}"
         )
     one_of(config, "text.encode", ("in_step", "ahead"))
-    teacher = _teacher(config, config)
+    # Once for each decoder, not for each objective: a text encoder takes seconds to trace.
+    teachers = {name: _teacher(config, name) for name in decoder_names(config)}
+    teacher = teachers[config.text.decoder]
     ahead = teacher.draw_tokens is None and config.text.encode == "ahead"
     judge = distance_of(config, _image_shape(config, teacher))
     copy = lambda frozen, key: frozen["network"]  # noqa: E731
-    optimizers, weight = optimizers_of(config), fake_weight_of(config)
+    optimizers, weight, key = optimizers_of(config), fake_weight_of(config), preview_key(config)
 
     def distance(teacher: Teacher, frozen: Frozen, x: jax.Array, y: jax.Array) -> jax.Array:
         """The distance of what two samples look like."""
@@ -66,7 +67,7 @@ def method_of(config: ConfigDict) -> Method:
         return judge(frozen["lpips"], *images)
 
     def objective(stage: ConfigDict) -> Objective:
-        own = _teacher(config, stage)
+        own = teachers[stage.text.decoder]
         return dmd(
             dmd_settings(stage, teacher.schedule),
             own,
@@ -75,7 +76,7 @@ def method_of(config: ConfigDict) -> Method:
             optimizers=optimizers,
             distance=None if judge is None else functools.partial(distance, own),
             fake_weight=weight,
-            preview_key=preview_key(config),
+            preview_key=key,
         )
 
     def frozen() -> dict[str, Any]:
@@ -83,7 +84,7 @@ def method_of(config: ConfigDict) -> Method:
         return _frozen(config, teacher) | judges
 
     encode_ahead = functools.partial(_encode_ahead, teacher) if ahead else None
-    return Method(objective, frozen, encode_ahead)
+    return Method(objective, frozen, encode_ahead, teacher, judged=judge is not None)
 
 
 def setting_of(config: ConfigDict, weights: Weights) -> Setting:
@@ -99,7 +100,8 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
     config = ConfigDict(config.to_dict() | {"network": weights.network})
     if family_of(config.network).takes == "text":
         text, config = load_text(config)
-    method, teacher = method_of(config), _teacher(config, config)
+    method = method_of(config)
+    teacher = method.teacher
     frozen: dict[str, Any] = {"network": weights.params}
     identity: dict[str, Any] = {"teacher_sha256": params_sha256(weights.params)}
     pairs = _pairs_by_folder(config, method, teacher, identity["teacher_sha256"], text)
@@ -112,7 +114,7 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
             "text_encoder": text.encoder.params,
             "decoders": {name: one.params for name, one in text.decoders.items()},
         }
-    if "lpips" in method.frozen():
+    if method.judged:
         frozen["lpips"] = lpips_of(config)
         identity["lpips_sha256"] = params_sha256(frozen["lpips"])
     starts = _starts(config, method.objective(config))
@@ -198,16 +200,14 @@ def dmd_settings(config: ConfigDict, schedule: NoiseSchedule) -> DMD:
     return DMD(**{name: config[name] for name in own})
 
 
-def _teacher(config: ConfigDict, stage: ConfigDict) -> Teacher:
-    """The teacher of a stage, which may have a decoder of its own.
+def _teacher(config: ConfigDict, decoder: str) -> Teacher:
+    """The config's teacher with one of its decoders.
 
     Raises:
       UserError: an impossible network, or networks that do not fit each other.
     """
-    one_of(stage, "text.decoder", DECODERS)
-    networks = networks_of(config, stage.text.decoder)
     build = family_of(config.network).build
-    return build(networks, remat=config.remat, **computation_of(config))
+    return build(networks_of(config, decoder), remat=config.remat, **computation_of(config))
 
 
 def _frozen(config: ConfigDict, teacher: Teacher) -> dict[str, Any]:
@@ -225,7 +225,8 @@ def _frozen(config: ConfigDict, teacher: Teacher) -> dict[str, Any]:
 def _image_shape(config: ConfigDict, teacher: Teacher) -> tuple[int, ...]:
     """Of one image, (H, W, C)."""
     latents = jax.ShapeDtypeStruct((1, *teacher.sample_shape), jnp.float32)
-    frozen = abstract_frozen(networks_of(config, config.text.decoder))
+    decoders = networks_of(config, config.text.decoder).get("decoders", {})
+    frozen = {"decoders": abstract_frozen(decoders)}
     return jax.eval_shape(teacher.decode, frozen, latents).shape[1:]
 
 

@@ -13,7 +13,7 @@ from dmd_jax.data.loader import Together, batches
 from dmd_jax.data.sources import ClassNames
 from dmd_jax.objectives import Need, Objective
 from dmd_jax.sharding import own_rows
-from dmd_jax.teachers.teacher import Frozen
+from dmd_jax.teachers.teacher import Frozen, Teacher
 from dmd_jax.types import Params
 
 # Frozen parts that encode a batch, be it in the step or before it.
@@ -30,6 +30,8 @@ class Method(NamedTuple):
     frozen: Callable[[], Frozen]
     # What each batch goes through before the step: (AHEAD of the frozen, batch) -> batch.
     ahead: Callable[[Frozen, Any], Any] | None
+    teacher: Teacher | None = None  # of a distillation
+    judged: bool = False  # whether LPIPS is among the frozen
 
     def split(self, frozen: Frozen) -> tuple[dict[str, Any], dict[str, Any]]:
         """The frozen parts that the step takes, and those that `ahead` takes."""
@@ -62,13 +64,14 @@ def data_of(
 ) -> Iterator[dict[str, Any]]:
     """This process's rows of a stage's endless batches, from where earlier stages have come to."""
     objective, sources = setting.method.objective, setting.sources(stage)
+    needs = objective(stage).needs
     done = sum(steps for steps, _ in earlier)
 
     def of_source(name: str, need: Need):
-        def rows(needs: Mapping[str, Need]) -> int:
-            return len(next(iter(needs[name].arrays.values()))) if name in needs else 0
+        def rows(of_stage: Mapping[str, Need]) -> int:
+            return len(next(iter(of_stage[name].arrays.values()))) if name in of_stage else 0
 
-        count = rows(objective(stage).needs)
+        count = rows(needs)
         return batches(
             _Columns(sources[name], need.arrays),
             batch_size=count,
@@ -78,7 +81,7 @@ def data_of(
             used=lambda number: (done + number) % need.every == 0,
         )
 
-    return Together({name: of_source(name, need) for name, need in objective(stage).needs.items()})
+    return Together({name: of_source(name, need) for name, need in needs.items()})
 
 
 class _Columns:

@@ -28,9 +28,6 @@ from dmd_jax.state import Optimizer, Role
 from dmd_jax.teachers.teacher import Frozen, Teacher
 from dmd_jax.types import Params
 
-# The images behind the loss that a picture shows.
-PICTURES = ("x", "x_t", "denoised_real", "denoised_fake", "gradient", "x_ref", "y_ref")
-
 
 class DMD(NamedTuple):
     """The settings of the method, or of a stage of a run, with the paper's values for CIFAR-10."""
@@ -250,17 +247,13 @@ def _shown(
     draws: Draws,
     decode: Callable[[jax.Array], jax.Array],
 ) -> dict[str, jax.Array]:
-    """The PICTURES among these, as images."""
+    """What `generator_loss` gives as pictures, as images."""
     pictures = dict(pictures)
     if "x_t" in pictures:
         # To the brightness of an image, whatever the noise's scale.
         spread = jnp.hypot(draws.level.alpha, draws.level.sigma)
         pictures["x_t"] = pictures["x_t"] / expand(spread, pictures["x_t"])
-    shown = {
-        name: decode(picture)
-        for name, picture in pictures.items()
-        if name in PICTURES and name != "gradient"
-    }
+    shown = {name: decode(picture) for name, picture in pictures.items() if name != "gradient"}
     if "gradient" in pictures:
         shown["gradient"] = _beside(pictures["gradient"], shown["x"])
     return shown
