@@ -50,14 +50,17 @@ def test_train_leaves_metrics_events_pictures_checkpoints_and_weights(trained):
         "dm_gradient_norm",
         "dm_nonfinite",
         "mean_abs_real_minus_x",
-        "learning_rate",
+        "learning_rate_generator",
+        "learning_rate_fake_score",
         "images_per_second",
     }
     for line in lines:
         assert line.keys() == names | {"step"}
         assert all(np.isfinite(list(line.values())))
     # The mean of steps 1 to 4 of a two-step warm-up from zero to 1e-3.
-    np.testing.assert_allclose(lines[0]["learning_rate"], (0 + 0.5e-3 + 1e-3 + 1e-3) / 4, rtol=1e-6)
+    np.testing.assert_allclose(
+        lines[0]["learning_rate_generator"], (0 + 0.5e-3 + 1e-3 + 1e-3) / 4, rtol=1e-6
+    )
     with Image.open(trained / "pictures" / "preview-0000012.png") as picture:
         assert picture.width > 10 * 32 and picture.height > 7 * 32
     assert sorted(int(p.name) for p in (trained / "checkpoints").iterdir()) == [4, 8, 12]
@@ -112,7 +115,7 @@ def test_workdir_alone_goes_on_and_a_finished_run_is_left_as_it_is(trained, caps
     succeeds("train", "--workdir", trained)
     assert "going on from step 12" in capsys.readouterr().err
     assert params_sha256(load_weights(trained).params) == params_sha256(before.params)
-    assert before.description.endswith("at step 12, ema")
+    assert before.description.endswith("at step 12, players/generator/ema")
 
 
 def test_names_of_classes_go_from_folders_to_weights_and_results(tmp_path, capsys):
