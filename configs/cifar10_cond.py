@@ -43,26 +43,26 @@ def get_config():
     config.teacher.weights = "weights/cifar10_cond"
     config.lpips.weights = "weights/lpips.safetensors"
 
-    config.pairs.folder = "runs/cifar10_cond/pairs"
+    config.data.pairs = "runs/cifar10_cond/pairs"
     config.pairs.count = 100_000
     config.pairs.num_steps = 18
 
     config.steps = 300_000
     config.batch_size = 392
-    config.regression_batch_size = 392
-    config.learning_rate = 5e-5
-    config.fake_score_learning_rate = 5e-5
-    config.warmup_steps = 500
-    config.weight_decay = 0.01
-    config.beta1 = 0.9
-    config.beta2 = 0.999
-    config.clip_norm = 10.0
-    config.matching_weight = 1.0
-    config.regression_weight = 0.25
-    config.distance = "lpips"
+    config.objective.regression_batch_size = 392
+    config.objective.matching_weight = 1.0
+    config.objective.regression_weight = 0.25
+    config.objective.distance = "lpips"
+    config.objective.weighting = "normalized"
+    config.objective.min_index = 20
+    config.objective.max_index = 980
+    config.objective.ema_decay = 0.0
     config.lpips.pooling = "average"
-    config.weighting = "normalized"
-    config.min_index = 20
-    config.max_index = 980
-    config.ema_decay = 0.0
+    for optimizer in config.optimizer.values():
+        optimizer.learning_rate = 5e-5
+        optimizer.warmup_steps = 500
+        optimizer.weight_decay = 0.01
+        optimizer.beta1 = 0.9
+        optimizer.beta2 = 0.999
+        optimizer.clip_norm = 10.0
     return config

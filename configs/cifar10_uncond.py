@@ -26,7 +26,7 @@ def get_config():
     config.matmul_precision = "highest"
 
     config.teacher.weights = "weights/cifar10_uncond"
-    config.pairs.folder = "runs/cifar10_uncond/pairs"
+    config.data.pairs = "runs/cifar10_uncond/pairs"
     config.pairs.count = 500_000
-    config.regression_weight = 0.5
+    config.objective.regression_weight = 0.5
     return config

@@ -26,7 +26,7 @@ from dmd_jax.weights import packaged
 
 def get_config():
     config = default_config()
-    config.images = "digits"
+    config.data.images = "digits"
     config.network = dict(
         name="songunet",
         img_resolution=8,
@@ -40,11 +40,11 @@ def get_config():
     )
 
     config.teacher.weights = str(packaged("digits_teacher"))
-    config.teacher.steps = 3000
-    config.teacher.batch_size = 128
-    config.teacher.learning_rate = 2e-3
-    config.teacher.warmup_steps = 100
-    config.teacher.ema_decay = 0.999
+    config.teaching.steps = 3000
+    config.teaching.batch_size = 128
+    config.teaching.optimizer.learning_rate = 2e-3
+    config.teaching.optimizer.warmup_steps = 100
+    config.teaching.ema_decay = 0.999
 
     config.pairs.count = 10_000
     config.pairs.num_steps = 18
@@ -53,13 +53,13 @@ def get_config():
 
     config.steps = 1000
     config.batch_size = 32
-    config.regression_batch_size = 64
-    config.learning_rate = 1e-3
-    config.fake_score_learning_rate = 1e-3
-    config.warmup_steps = 50
-    config.regression_weight = 8.0
-    config.distance = "l2"  # LPIPS sees nothing in 8x8 pixels
-    config.ema_decay = 0.99
+    config.objective.regression_batch_size = 64
+    config.objective.regression_weight = 8.0
+    config.objective.distance = "l2"  # LPIPS sees nothing in 8x8 pixels
+    config.objective.ema_decay = 0.99
+    for optimizer in config.optimizer.values():
+        optimizer.learning_rate = 1e-3
+        optimizer.warmup_steps = 50
     config.log_every = 50
     config.picture_every = 500
     config.checkpoint_every = 250

@@ -1,7 +1,8 @@
 """Fashion-MNIST at 32x32, ten classes: real images from teacher to one step on a single GPU.
 
 The images are the four idx files of the data set (Debian packages them as dataset-fashion-mnist) in
-data/fashion-mnist, or `--config.images=pad2:tfds:fashion_mnist:train`. pad2 brings 28x28 to 32x32.
+data/fashion-mnist, or `--config.data.images=pad2:tfds:fashion_mnist:train`. pad2 brings 28x28 to
+32x32.
 
     dmd-jax convert lpips weights/lpips.safetensors
     dmd-jax teacher --config configs/fashion_mnist.py --workdir runs/fashion_mnist/teacher
@@ -32,7 +33,7 @@ def get_config(size="gpu"):
     if size not in ("gpu", "cpu"):
         raise ValueError(f"size is {size!r}; expected gpu or cpu")
     config = default_config()
-    config.images = "pad2:data/fashion-mnist"
+    config.data.images = "pad2:data/fashion-mnist"
     config.network = dict(
         name="songunet",
         img_resolution=32,
@@ -47,11 +48,11 @@ def get_config(size="gpu"):
     config.compute_dtype = "bfloat16"
 
     config.teacher.weights = "runs/fashion_mnist/teacher"
-    config.teacher.steps = 6000
-    config.teacher.batch_size = 256
-    config.teacher.learning_rate = 1e-3
-    config.teacher.warmup_steps = 200
-    config.teacher.ema_decay = 0.999
+    config.teaching.steps = 6000
+    config.teaching.batch_size = 256
+    config.teaching.optimizer.learning_rate = 1e-3
+    config.teaching.optimizer.warmup_steps = 200
+    config.teaching.ema_decay = 0.999
 
     config.pairs.count = 20_000
     config.pairs.num_steps = 18
@@ -60,17 +61,17 @@ def get_config(size="gpu"):
 
     config.steps = 2000
     config.batch_size = 128
-    config.regression_batch_size = 128
-    config.learning_rate = 2e-4
-    config.fake_score_learning_rate = 2e-4
-    config.warmup_steps = 100
+    config.objective.regression_batch_size = 128
+    for optimizer in config.optimizer.values():
+        optimizer.learning_rate = 2e-4
+        optimizer.warmup_steps = 100
     config.lpips.weights = "weights/lpips.safetensors"
     config.lpips.resolution = 112
     config.lpips.repeat_grey = True
     # At the paper's 0.25 the matching loss carries a run this short away before the regression can
     # hold it: on CPU, with a learning rate of 5e-4, the distance after 150 steps was 47.
-    config.regression_weight = 4.0
-    config.ema_decay = 0.99
+    config.objective.regression_weight = 4.0
+    config.objective.ema_decay = 0.99
     config.log_every = 50
     config.picture_every = 500
     config.checkpoint_every = 500
@@ -81,21 +82,20 @@ def get_config(size="gpu"):
         config.network.attn_resolutions = (8,)
         config.compute_dtype = "float32"
         config.teacher.weights = "runs/fashion_mnist_cpu/teacher"
-        config.teacher.steps = 900
-        config.teacher.batch_size = 64
-        config.teacher.learning_rate = 2e-3
-        config.teacher.ema_decay = 0.99
+        config.teaching.steps = 900
+        config.teaching.batch_size = 64
+        config.teaching.optimizer.learning_rate = 2e-3
+        config.teaching.ema_decay = 0.99
         config.pairs.count = 1000
         config.pairs.batch_size = 100
         config.pairs.shard_size = 100
         config.steps = 400
         config.batch_size = 16
-        config.regression_batch_size = 16
-        config.learning_rate = 2e-4
-        config.fake_score_learning_rate = 5e-4
-        config.warmup_steps = 20
+        config.objective.regression_batch_size = 16
+        config.optimizer.generator.update(learning_rate=2e-4, warmup_steps=20)
+        config.optimizer.fake_score.update(learning_rate=5e-4, warmup_steps=20)
         config.lpips.resolution = 32
-        config.ema_decay = 0.97
+        config.objective.ema_decay = 0.97
         config.log_every = 10
         config.picture_every = 100
         config.checkpoint_every = 100

@@ -32,7 +32,7 @@ def get_config():
         attention_head_dim=8,
         cross_attention_dim=768,
     )
-    config.text.text_encoder = dict(
+    config.teacher.text_encoder = dict(
         name="clip_text",
         hidden_size=768,
         intermediate_size=3072,
@@ -41,21 +41,22 @@ def get_config():
         projection_dim=768,
         eos_token_id=2,
     )
-    config.text.taesd = dict(name="autoencoder_tiny")
-    config.text.vae = dict(
+    config.teacher.taesd = dict(name="autoencoder_tiny")
+    config.teacher.vae = dict(
         name="autoencoder_kl",
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
     )
+    config.teacher.weights = "weights/sd15"
+    config.teacher.guidance = 3.0
+    config.teacher.decoder = "taesd"
     config.compute_dtype = "bfloat16"
     config.remat = "full"
-    config.teacher.weights = "weights/sd15"
 
-    config.text.prompts = "data/laion625"
-    config.guidance = 3.0
-    config.pairs.folder = "runs/sd15_laion625/pairs"
+    config.data.prompts = "data/laion625"
+    config.data.pairs = "runs/sd15_laion625/pairs"
     config.pairs.count = 500_000
     config.pairs.sampler = "pndm"
     config.pairs.num_steps = 50
@@ -64,12 +65,11 @@ def get_config():
 
     config.steps = 20_000
     config.batch_size = 2304
-    config.match_reference = True
-    config.regression_batch_size = 1152
-    config.learning_rate = 1e-5
-    config.fake_score_learning_rate = 1e-5
-    config.regression_weight = 0.25
-    config.text.decoder = "taesd"
+    config.objective.match_reference = True
+    config.objective.regression_batch_size = 1152
+    config.objective.regression_weight = 0.25
+    config.optimizer.generator.learning_rate = 1e-5
+    config.optimizer.fake_score.learning_rate = 1e-5
     config.lpips.weights = "weights/lpips.safetensors"
     config.lpips.resolution = 0  # 224 is what smaller images are enlarged to
     config.picture_every = 500

@@ -11,9 +11,9 @@ from dmd_jax.config import load_config, shipped_config
 def get_config():
     config = load_config(str(shipped_config("sd15_laion625")), [])
     # Empty: those of the teacher's folder are taken.
-    config.text.text_encoder = {}
-    config.text.taesd = {}
-    config.text.vae = {}
+    config.teacher.text_encoder = {}
+    config.teacher.taesd = {}
+    config.teacher.vae = {}
     config.network = dict(
         name="unet2d_condition",
         sample_size=8,
@@ -28,16 +28,17 @@ def get_config():
     config.compute_dtype = "float32"
     config.remat = "none"
     config.teacher.weights = "runs/sd15_tiny/teacher"
-    config.text.prompts = "runs/sd15_tiny/prompts"
-    config.pairs.folder = "runs/sd15_tiny/pairs"
+    config.data.prompts = "runs/sd15_tiny/prompts"
+    config.data.pairs = "runs/sd15_tiny/pairs"
     config.pairs.count = 16
     config.pairs.num_steps = 5
     config.pairs.batch_size = 8
     config.pairs.shard_size = 8
     config.steps = 10
     config.batch_size = 8
-    config.regression_batch_size = 4
-    config.warmup_steps = 2
+    config.objective.regression_batch_size = 4
+    for optimizer in config.optimizer.values():
+        optimizer.warmup_steps = 2
     config.lpips.weights = "runs/sd15_tiny/lpips.safetensors"
     config.log_every = 1
     config.picture_every = 10

@@ -26,8 +26,6 @@ No set-up is published. This one is as the method's but for (measured at seed 0,
   (c) the fake score lagged behind and spread fell to 0.77 and 0.91.
 """
 
-from ml_collections import ConfigDict
-
 from dmd_jax.config import default_config
 
 
@@ -37,26 +35,25 @@ def get_config():
     config.network = dict(name="mlp", dim=2, width=64, depth=3)
     config.steps = 4000  # of each of the three objectives
     config.batch_size = 256
-    config.learning_rate = 1e-3
-    config.fake_score_learning_rate = 4e-3
-    config.warmup_steps = 100
-    config.distance = "l2"
-    config.generator_every = 4
-    config.ema_decay = 0.99
+    config.optimizer.generator.update(learning_rate=1e-3, warmup_steps=100)
+    config.optimizer.fake_score.update(learning_rate=4e-3, warmup_steps=50)
+    config.objective.distance = "l2"
+    config.objective.generator_every = 4
+    config.objective.ema_decay = 0.99
     config.log_every = 200  # steps that one dispatch makes
     config.pairs.count = 512  # each step regresses on all of them
     config.pairs.num_steps = 64
 
-    config.toy = toy = ConfigDict()
-    toy.mode1 = (-1.2, 0.0)
-    toy.mode2 = (1.2, 0.0)
-    toy.mode_std = 0.2
-    toy.center = (-0.75, 0.45)  # of the fakes before training
-    toy.spread = 0.1  # their standard deviation
-    toy.sigma_min = 0.05  # of the noise schedule
-    toy.sigma_max = 0.25
-    toy.generator_width = 64
-    toy.generator_depth = 4
-    toy.fake_score_warmup_steps = 50
-    toy.num_samples = 4096  # that each panel is measured on
+    config.toy = dict(
+        mode1=(-1.2, 0.0),
+        mode2=(1.2, 0.0),
+        mode_std=0.2,
+        center=(-0.75, 0.45),  # of the fakes before training
+        spread=0.1,  # their standard deviation
+        sigma_min=0.05,  # of the noise schedule
+        sigma_max=0.25,
+        generator_width=64,
+        generator_depth=4,
+        num_samples=4096,  # that each panel is measured on
+    )
     return config

@@ -14,14 +14,9 @@ from dmd_jax.ablation_report import labelled_rows, summarize, table
 from dmd_jax.ablations import ROWS, apply_row, chosen_rows, paper_fid
 from dmd_jax.cli import Parser
 from dmd_jax.config import resolve_config, save_config
-from dmd_jax.distillation import dmd_settings
+from dmd_jax.distillation import method_of
 from dmd_jax.errors import Stopped, UserError
-from dmd_jax.experiment import (
-    check_ranges,
-    distance_of,
-    lpips_of,
-    teacher_of,
-)
+from dmd_jax.experiment import lpips_of, teacher_of
 from dmd_jax.files import local_path, write_json, write_whole
 from dmd_jax.pictures import save_png
 from dmd_jax.provenance import command_line, machine
@@ -80,17 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config = resolve_config(args.config, args.overrides, args.workdir, command="ablate")
-    check_ranges(config)
     rows, seeds = chosen_rows(args.rows, config), chosen_seeds(args.seeds)
     arguments = evaluate_arguments(args, config)
     teacher = teacher_of(config)
-    denoiser = denoiser_of(teacher)
-    sample_shape = denoiser.sample_shape
+    sample_shape = denoiser_of(teacher).sample_shape
     judges = evaluate.origins(*evaluate.open_judges(_parsed(arguments), sample_shape))
     for row_config in (apply_row(config, row) for row in rows):
         # What train refuses in hours, once the pairs are there.
-        dmd_settings(row_config, denoiser.schedule)
-        if distance_of(row_config, sample_shape) is not None:
+        method = method_of(row_config)
+        method.objective(row_config)
+        if method.judged:
             lpips_of(row_config)
     papers = {row: _paper(config, row, judges["features"]) for row in rows}
     study = Study(
@@ -182,15 +176,16 @@ def evaluate_arguments(args: argparse.Namespace, config: ConfigDict) -> list[str
         raise UserError(f"--num {args.num}; expected at least 2 samples")
     features = list(args.features)
     if not features and "--features" not in names:
-        features = ["pixels"] + ([DIGITS_FEATURES] if config.images == "digits" else [])
+        features = ["pixels"] + ([DIGITS_FEATURES] if config.data.images == "digits" else [])
     for name in features:
         given += ["--features", name]
     if "--reference" not in names:
-        if not config.images:
+        if not config.data.images:
             raise UserError(
-                'config.images is empty; expected real images, or --evaluate="--reference SOURCE"'
+                "config.data.images is empty; expected real images, or "
+                '--evaluate="--reference SOURCE"'
             )
-        given += ["--reference", config.images]
+        given += ["--reference", config.data.images]
     return [*given, "--num", str(args.num)]
 
 

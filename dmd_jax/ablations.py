@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dmd_jax.config import MAY_CHANGE, flatten, load_config, shipped_config
+from dmd_jax.config import flatten, load_config, option_of, shipped_config, value_of
 from dmd_jax.errors import UserError
 
 LOWERED_RATE = 1e-5  # of the paper's runs without regression
@@ -18,7 +18,7 @@ class Row(NamedTuple):
     """One objective of the study."""
 
     summary: str
-    changes: Callable[[ConfigDict], Mapping[str, Any]]  # config -> {key: value}
+    changes: Callable[[ConfigDict], Mapping[str, Any]]  # config -> {dotted key: value}
     paper: Mapping[str, float]  # the FID that the paper gives, by the name of our config
 
 
@@ -34,10 +34,9 @@ def lowered(learning_rate: float) -> float:
 
 def _without_regression(config: ConfigDict) -> dict[str, float]:
     return {
-        "regression_weight": 0.0,
-        "learning_rate": lowered(config.learning_rate),
-        "fake_score_learning_rate": lowered(config.fake_score_learning_rate),
-    }
+        f"optimizer.{player}.learning_rate": lowered(optimizer.learning_rate)
+        for player, optimizer in config.optimizer.items()
+    } | {"objective.regression_weight": 0.0}
 
 
 ROWS: dict[str, Row] = {
@@ -48,7 +47,7 @@ ROWS: dict[str, Row] = {
     ),
     "without_matching": Row(
         "regression only",
-        lambda config: {"matching_weight": 0.0},
+        lambda config: {"objective.matching_weight": 0.0},
         {"cifar10_cond": 3.82, "imagenet64": 9.21},
     ),
     "without_regression": Row(
@@ -58,17 +57,17 @@ ROWS: dict[str, Row] = {
     ),
     "sigma_over_alpha": Row(
         "matching weighted by sigma/alpha in place of Eq. 8",
-        lambda config: {"weighting": "sigma_over_alpha"},
+        lambda config: {"objective.weighting": "sigma_over_alpha"},
         {"cifar10_cond": 3.60},
     ),
     "sigma3_over_alpha": Row(
         "matching weighted by sigma^3/alpha in place of Eq. 8",
-        lambda config: {"weighting": "sigma3_over_alpha"},
+        lambda config: {"objective.weighting": "sigma3_over_alpha"},
         {"cifar10_cond": 3.71},
     ),
     "l2": Row(
         "squared error in place of LPIPS",
-        lambda config: {"distance": "l2"},
+        lambda config: {"objective.distance": "l2"},
         {"cifar10_cond": 2.78},
     ),
 }
@@ -100,7 +99,7 @@ def apply_row(config: ConfigDict, name: str) -> ConfigDict:
       UserError: there is no such row.
     """
     changed = ConfigDict(config.to_dict())
-    changed.update(_row(name).changes(config))
+    changed.update_from_flattened_dict(_row(name).changes(config))
     return changed
 
 
@@ -112,14 +111,17 @@ def row_overrides(config: ConfigDict, name: str) -> list[str]:
 def changes_nothing(config: ConfigDict, name: str) -> bool:
     """Whether a row other than "full" is the config as it is, as "l2" where no LPIPS is used."""
     return name != "full" and all(
-        config[key] == value for key, value in _row(name).changes(config).items()
+        value_of(config, key) == value for key, value in _row(name).changes(config).items()
     )
 
 
 def decisive(config: ConfigDict) -> dict[str, Any]:
     """What decides how a run ends, JSON-able: the config without its paths, cadences and mesh."""
-    values = flatten(config.to_dict())
-    return {key: value for key, value in values.items() if key == "steps" or key not in MAY_CHANGE}
+    return {
+        key: value
+        for key, value in flatten(config.to_dict()).items()
+        if key == "steps" or not option_of(key, config.objective.name).may_change
+    }
 
 
 def paper_fid(config: ConfigDict, name: str) -> float | None:

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from dmd_jax.config import flatten, resolve_config
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import check_ranges
 from dmd_jax.files import path_of
 from dmd_jax.models import DTYPES
 from dmd_jax.parallel.processes import join_processes
@@ -75,7 +74,6 @@ def run_config(args: argparse.Namespace, command: str) -> ConfigDict:
 
     def prepare() -> tuple[ConfigDict, dict[str, Any]]:
         config = resolve_config(args.config, args.overrides, args.workdir, command=command)
-        check_ranges(config)
         values = {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
         return config, {"command": command, **values}
 

@@ -24,7 +24,7 @@ from dmd_jax.benchmark.rivals import Heat, Rival, run_heat
 from dmd_jax.benchmark.table import table
 from dmd_jax.config import flatten, load_config
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.experiment import check_batches, check_ranges, mesh_of
+from dmd_jax.experiment import check_batches, mesh_of
 from dmd_jax.files import local_path, write_json
 from dmd_jax.parallel.processes import join_processes
 from dmd_jax.provenance import command_line, machine
@@ -75,7 +75,6 @@ def run(args: argparse.Namespace) -> None:
         if args.steps < 1:
             raise UserError(f"--steps {args.steps}; expected at least 1")
         config = load_config(args.config, args.overrides)
-        check_ranges(config)
         values = {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
         return config, {"command": "bench", "what": args.what, "steps": args.steps, **values}
 
@@ -123,7 +122,9 @@ def _heats(config: ConfigDict, args: argparse.Namespace) -> Iterator[Heat]:
     count = -(-config.pairs.batch_size // len(devices)) * len(devices)
     if args.what == "latency":
         devices, count = devices[:1], 1
-    names = [name for name in DECODERS if config.text[name]] if config.text.text_encoder else [None]
+    names: list[str | None] = [None]
+    if config.teacher.text_encoder:
+        names = [name for name in DECODERS if config.teacher[name]]
     for decoder in names:
         options = {"count": count, "decoder": decoder, "devices": devices}
         yield _images_heat(config, args.peer, options)

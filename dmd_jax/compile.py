@@ -22,7 +22,6 @@ from dmd_jax.compilation.table import summary, table
 from dmd_jax.compilation.topology import Chip, chip_of, devices_of, virtual_devices
 from dmd_jax.config import load_config
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.experiment import check_ranges
 from dmd_jax.files import local_path, write_json
 from dmd_jax.provenance import command_line
 from dmd_jax.sharding import AXES
@@ -136,7 +135,6 @@ def _one(args: argparse.Namespace, topology: str | None) -> dict[str, Any]:
     else:
         chip, devices = chip_of(topology), devices_of(topology, args.slices)
     config = load_config(args.config, args.overrides)
-    check_ranges(config)
     if args.mesh:
         config.mesh.update(_mesh(args.mesh))
     if args.per_device is not None:
@@ -157,8 +155,9 @@ def _one(args: argparse.Namespace, topology: str | None) -> dict[str, Any]:
 
 def _set_batch(config: ConfigDict, images: int) -> None:
     """A batch of that many images, with pairs in the config's proportion."""
-    pairs = config.regression_batch_size / config.batch_size
-    config.batch_size, config.regression_batch_size = images, max(round(images * pairs), 1)
+    pairs = config.objective.regression_batch_size / config.batch_size
+    config.objective.regression_batch_size = max(round(images * pairs), 1)
+    config.batch_size = images
 
 
 def _compiled(program: Compilable, chip: Chip | None, folder: Path | None) -> dict[str, Any]:

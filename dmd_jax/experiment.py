@@ -14,44 +14,16 @@ from ml_collections import ConfigDict
 
 from dmd_jax import losses
 from dmd_jax.auxiliary import LPIPS, how_to_make, load_auxiliary
-from dmd_jax.config import stages_of
+from dmd_jax.config import stages_of, value_of
 from dmd_jax.data.prompts import PromptSource
 from dmd_jax.errors import UserError
 from dmd_jax.files import path_of
 from dmd_jax.models import complete
 from dmd_jax.models.lpips import lpips, lpips_template
-from dmd_jax.precision import PRECISIONS
 from dmd_jax.schedules import NoiseLevel
 from dmd_jax.sharding import check_batch_size, infer_shardings, make_mesh, with_shardings
 from dmd_jax.types import Params
 from dmd_jax.weights import Weights, load_weights
-
-
-def check_ranges(config: ConfigDict) -> None:
-    """Raises a UserError that names the first number, or precision, that no run can use."""
-    least = {
-        1: (
-            "log_every",
-            "picture_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "generator_every",
-            "accumulation",
-            "teacher.batch_size",
-            "pairs.count",
-            "pairs.num_steps",
-            "pairs.batch_size",
-            "pairs.shard_size",
-        ),
-        0: ("steps", "warmup_steps", "teacher.steps", "teacher.warmup_steps", "lpips.resolution"),
-    }
-    for minimum, keys in least.items():
-        for key in keys:
-            value = _value(config, key)
-            if value < minimum:
-                raise UserError(f"config.{key} is {value}; expected at least {minimum}")
-    for key in ("matmul_precision", "pairs.matmul_precision"):
-        one_of(config, key, PRECISIONS)
 
 
 def check_batches(config: ConfigDict, mesh: Mesh, where: str) -> None:
@@ -62,26 +34,23 @@ def check_batches(config: ConfigDict, mesh: Mesh, where: str) -> None:
     """
     # The pairs' rows are few beside what the networks see: where fsdp does not divide them, some
     # devices have one more than others.
-    for name, axes in (("batch_size", ("data", "fsdp")), ("regression_batch_size", ("data",))):
+    every = ("data", "fsdp")
+    sizes = (("batch_size", every), ("objective.regression_batch_size", ("data",)))
+    for key, axes in sizes:
         check_batch_size(
-            config[name], mesh, accumulation=config.accumulation, name=f"{where}.{name}", axes=axes
+            value_of(config, key),
+            mesh,
+            accumulation=config.accumulation,
+            name=f"{where}.{key}",
+            axes=axes,
         )
-    if config.match_reference and config.batch_size <= config.regression_batch_size:
+    pairs = config.objective.regression_batch_size
+    if config.objective.match_reference and config.batch_size <= pairs:
         raise UserError(
             f"{where}.batch_size is {config.batch_size}; expected more than "
-            f"regression_batch_size={config.regression_batch_size}, whose latents are among it "
-            "with config.match_reference"
+            f"objective.regression_batch_size={pairs}, whose latents are among it with "
+            "config.objective.match_reference"
         )
-
-
-def generator_steps_per_update(config: ConfigDict) -> int:
-    """What state.warmup takes for the generator.
-
-    Raises:
-      UserError: config.warmup_counts is unknown.
-    """
-    one_of(config, "warmup_counts", ("updates", "steps"))
-    return config.generator_every if config.warmup_counts == "steps" else 1
 
 
 def fake_weight_of(config: ConfigDict) -> Callable[[NoiseLevel], jax.Array]:
@@ -150,18 +119,18 @@ def distance_of(
     """The regression's distance (LPIPS's params, x, y) -> [B] of images; None for L2.
 
     Raises:
-      UserError: an unknown distance or option, or images that LPIPS cannot see.
+      UserError: images that LPIPS cannot see.
     """
-    one_of(config, "distance", ("lpips", "l2"))
-    regressed = any(stage.regression_weight for _, stage in stages_of(config))
-    if config.distance == "l2" or not regressed:
+    regressed = any(stage.objective.regression_weight for _, stage in stages_of(config))
+    if config.objective.distance == "l2" or not regressed:
         return None
     options = config.lpips
     grey = image_shape[-1] == 1
     if grey and not options.repeat_grey:
         raise UserError(
             "LPIPS takes three channels and these images are grey; expected "
-            "config.lpips.repeat_grey=True, which shows it three times, or config.distance=l2"
+            "config.lpips.repeat_grey=True, which shows it three times, or "
+            "config.objective.distance=l2"
         )
 
     def distance(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -185,14 +154,14 @@ def distance_of(
 
 
 def prompts_of(config: ConfigDict) -> PromptSource:
-    """The prompts of config.text.prompts.
+    """The prompts of config.data.prompts.
 
     Raises:
       UserError: none are named, or they are not whole.
     """
-    if not config.text.prompts:
-        raise UserError("config.text.prompts is empty; expected the folder of `dmd-jax prompts`")
-    return PromptSource(config.text.prompts)
+    if not config.data.prompts:
+        raise UserError("config.data.prompts is empty; expected the folder of `dmd-jax prompts`")
+    return PromptSource(config.data.prompts)
 
 
 def lpips_of(config: ConfigDict) -> Params:
@@ -203,7 +172,8 @@ def lpips_of(config: ConfigDict) -> Params:
     """
     if not config.lpips.weights:
         raise UserError(
-            f"config.lpips.weights is empty; {how_to_make(LPIPS)}; or set config.distance=l2"
+            f"config.lpips.weights is empty; {how_to_make(LPIPS)}; or set "
+            "config.objective.distance=l2"
         )
     return load_auxiliary(path_of(config.lpips.weights), LPIPS)
 
@@ -217,20 +187,6 @@ def abstract_state(initialize: Callable[..., Any], mesh: Mesh, *args: Any) -> An
 def shardings_of(abstract: Any) -> Any:
     """The shardings of a tree of ShapeDtypeStructs."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-
-def _value(config: ConfigDict, key: str) -> Any:
-    """The value of a dotted key."""
-    for part in key.split("."):
-        config = config[part]
-    return config
-
-
-def one_of(config: ConfigDict, key: str, known: tuple[str, ...]) -> None:
-    """Raises a UserError unless the value of a dotted key is among the known ones."""
-    value = _value(config, key)
-    if value not in known:
-        raise UserError(f"config.{key} is {value!r}; expected one of {', '.join(known)}")
 
 
 def _jsonable(options: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dmd_jax.checkpoints import Checkpoints
-from dmd_jax.config import check_same_run, default_config, lasting, save_config
+from dmd_jax.config import check_same_run, default_config, lasting, save_config, when_asked
+from dmd_jax.config.moved import with_places
 from dmd_jax.errors import Stopped, UserError
 from dmd_jax.flags import rounding_flags
 from dmd_jax.metrics import MetricsWriter, Progress, must_be_finite
@@ -113,7 +114,8 @@ class _Loop:
     def _check_resumed(self, position: dict[str, Any]) -> None:
         """Raises a UserError where the checkpoint is no beginning of this training."""
         name, workdir = self._training.name, self._training.workdir
-        _check_same_run(position, self._training.identity, self._training.config, workdir)
+        config = self._training.config
+        _check_same_run(position, self._training.identity, config, workdir)
         if self.step > self.total_steps:
             raise UserError(
                 f"{workdir} is at step {self.step:,}, not {self.total_steps:,}; expected steps of "
@@ -121,6 +123,7 @@ class _Loop:
             )
         if self._first:
             print(f"{name}: going on from step {self.step} in {workdir}", file=sys.stderr)
+            _tell_other_rates(name, self.step, position.get("config", {}), config)
             _tell_other_flags(name, self.step, position.get("flags", {}), self._flags)
 
     def _enter_stage(self) -> None:
@@ -240,6 +243,15 @@ def _stage_at(step: int, stages: Sequence[Stage]) -> int:
     return next((i for i, stage in enumerate(stages) if step < stage.until), len(stages) - 1)
 
 
+def _tell_other_rates(name: str, step: int, before: dict[str, Any], config: ConfigDict) -> None:
+    """Says on stderr what has changed because it was asked for."""
+    before, now = with_places(before), lasting(config)
+    for key in sorted(when_asked(now, config.objective.name)):
+        if key in before and before[key] != now[key]:
+            line = f"config.{key} is {now[key]}, {before[key]} up to step {step}"
+            print(f"{name}: {line}", file=sys.stderr)
+
+
 def _tell_other_flags(name: str, step: int, before: dict[str, str], now: dict[str, str]) -> None:
     """Says on stderr which flags differ from the checkpoint's; earlier versions' have none."""
     differing = [
@@ -263,8 +275,9 @@ def _check_same_run(position, identity: dict[str, Any], config: ConfigDict, work
             "same teacher and data, or another --workdir"
         )
     if "config" in position:  # not in those of earlier versions
-        defaults = lasting(default_config())
-        check_same_run(defaults | position["config"], lasting(config), workdir)
+        defaults, now = lasting(default_config(config.objective.name)), lasting(config)
+        asked = when_asked(now, config.objective.name)
+        check_same_run(defaults | with_places(position["config"]), now, workdir, asked=asked)
 
 
 def _note(values: dict[str, float]) -> str:

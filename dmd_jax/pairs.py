@@ -100,7 +100,7 @@ def _plan(config: ConfigDict) -> _Plan:
         pipeline,
         sampler=options.sampler,
         num_steps=options.num_steps,
-        guidance=config.guidance,
+        guidance=config.teacher.guidance,
         batch_size=options.batch_size,
     )
     shared = dict(
@@ -108,7 +108,7 @@ def _plan(config: ConfigDict) -> _Plan:
         teacher_sha256=params_sha256(teacher.params),
         sampler=options.sampler,
         num_steps=options.num_steps,
-        guidance=config.guidance,
+        guidance=config.teacher.guidance,
         seed=options.seed,
         count=options.count,
         shard_size=options.shard_size,
@@ -140,9 +140,9 @@ def _check_sampling(config: ConfigDict, family: Family) -> None:
             f"config.pairs.sampler is {name!r}; expected {' or '.join(family.pair_samplers)}: the "
             f"teacher is {family.network_is}"
         )
-    if config.guidance != 1 and "guidance" not in family.arguments:
+    if config.teacher.guidance != 1 and "guidance" not in family.arguments:
         raise UserError(
-            f"config.guidance is {config.guidance}; expected 1.0: the teacher is "
+            f"config.teacher.guidance is {config.teacher.guidance}; expected 1.0: the teacher is "
             f"{family.network_is}"
         )
 

@@ -13,15 +13,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmd_jax import samplers
-from dmd_jax.distillation import optimizers_of, preview_key
+from dmd_jax.config import value_of
+from dmd_jax.distillation import build_objective, optimizers_of, preview_key
 from dmd_jax.errors import UserError
 from dmd_jax.experiment import computation_of, fake_weight_of
 from dmd_jax.models import Denoiser, build_denoiser
 from dmd_jax.models.mlp import MLP
-from dmd_jax.objectives import DMD, Networks, Objective, dmd
+from dmd_jax.objectives import DMD, Networks, Objective
 from dmd_jax.schedules import NoiseSchedule
 from dmd_jax.sharding import check_batch_size, make_mesh
-from dmd_jax.state import Optimizer
 from dmd_jax.teachers.edm import edm_teacher
 from dmd_jax.types import Generate
 
@@ -61,11 +61,12 @@ def make_plane(config: ConfigDict) -> Plane:
     schedule = NoiseSchedule.edm(sigma_min=toy.sigma_min, sigma_max=toy.sigma_max)
     networks, init = _players(config, mixture)
     objective = functools.partial(
-        dmd,
+        build_objective,
+        name=config.objective.name,
         teacher=edm_teacher(mixture)._replace(schedule=schedule),
         networks=networks,
         init=init,
-        optimizers=_optimizers(config),
+        optimizers=optimizers_of(config),
         fake_weight=fake_weight_of(config),
         preview_key=preview_key(config),
     )
@@ -134,12 +135,6 @@ def _players(config: ConfigDict, mixture: Denoiser) -> tuple[Networks, dict[str,
     }
 
 
-def _optimizers(config: ConfigDict) -> dict[str, Optimizer]:
-    """The config's, with a warm-up of the fake score's own."""
-    own = ConfigDict(config.to_dict() | {"warmup_steps": config.toy.fake_score_warmup_steps})
-    return optimizers_of(config) | {"fake_score": optimizers_of(own)["fake_score"]}
-
-
 def measure(points: np.ndarray, plane: Plane) -> dict[str, Any]:
     """How points [N, 2] lie about the modes.
 
@@ -164,30 +159,21 @@ def measure(points: np.ndarray, plane: Plane) -> dict[str, Any]:
 
 def _check(config: ConfigDict, mesh: Mesh) -> None:
     """Raises a UserError that names the first value that cannot be."""
-    if "toy" not in config:
+    if config.toy is None:
         raise UserError("the config has no part toy; expected configs/toy2d.py or one like it")
     toy = config.toy
-
-    def require(holds: bool, key: str, value: Any, expected: str) -> None:
-        if not holds:
-            raise UserError(f"config.{key} is {value!r}; expected {expected}")
-
-    for key in ("steps", "log_every"):
-        require(config[key] > 0, key, config[key], "at least 1")
-    for key in ("generator_width", "generator_depth", "num_samples", "mode_std", "spread"):
-        require(toy[key] > 0, f"toy.{key}", toy[key], "more than 0")
-    for key in ("mode1", "mode2", "center"):
-        point = toy[key]
-        plain = len(point) == 2 and all(isinstance(each, (int, float)) for each in point)
-        require(plain and np.isfinite(point).all(), f"toy.{key}", point, "a point (x, y)")
-    for key, part in (("steps", "log_every"), ("log_every", "generator_every")):
-        multiple = f"a multiple of config.{part}={config[part]}"
-        require(config[key] % config[part] == 0, key, config[key], multiple)
-    require(
-        0 < toy.sigma_min < toy.sigma_max,
-        "toy.sigma_min, sigma_max",
-        (toy.sigma_min, toy.sigma_max),
-        "positive levels in order",
-    )
+    if config.steps == 0:
+        raise UserError("config.steps is 0; expected at least 1")
+    for key, other in (("steps", "log_every"), ("log_every", "objective.generator_every")):
+        value, part = config[key], value_of(config, other)
+        if value % part:
+            raise UserError(
+                f"config.{key} is {value}; expected a multiple of config.{other}={part}"
+            )
+    if toy.sigma_min >= toy.sigma_max:
+        raise UserError(
+            f"config.toy.sigma_min, sigma_max is {toy.sigma_min, toy.sigma_max}; expected positive "
+            "levels in order"
+        )
     for key, size in (("batch_size", config.batch_size), ("pairs.count", config.pairs.count)):
         check_batch_size(size, mesh, accumulation=config.accumulation, name=f"config.{key}")

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
             run_step("teacher", "--config", config_path, "--workdir", teacher)
         weights = f"--config.teacher.weights={teacher}"
         run_step("pairs", "--config", config_path, weights, "--workdir", workdir / "pairs")
-        folder = f"--config.pairs.folder={workdir / 'pairs'}"
+        folder = f"--config.data.pairs={workdir / 'pairs'}"
         run_step("train", "--config", config_path, weights, folder, "--workdir", workdir / "train")
     except Stopped as stopped:
         # It is the quickstart that goes on, not the part that was stopped.
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 def _evaluate(teacher: Path, workdir: Path, config) -> tuple[dict, dict[str, np.ndarray]]:
     """results.json's figures, and images [classes * PER_CLASS, H, W, C] from the same latents."""
     features = feature_extractor("pixels").extract
-    reals = open_images(config.images)
+    reals = open_images(config.data.images)
     real = gather([features(np.stack([reals[index]["x0"] for index in range(len(reals))]))])
 
     def distance(images: np.ndarray) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,80 +68,6 @@ def role_key(base: jax.Array, step: jax.Array | int, role: Role) -> jax.Array:
     """The key of (seed, step, role), so that a resumed run draws what the other would have."""
     key = jax.random.wrap_key_data(base, impl="threefry2x32")
     return jax.random.fold_in(jax.random.fold_in(key, step), int(role))
-
-
-def adamw(
-    *,
-    learning_rate: float,
-    warmup_steps: int = 500,
-    steps_per_update: int = 1,
-    weight_decay: float = 0.01,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    clip_norm: float = 10.0,
-) -> optax.GradientTransformation:
-    """The paper's optimiser: global-norm clip, then AdamW with a linear warm-up from zero.
-
-    Equal to torch's clip_grad_norm_, AdamW and a constant schedule with warm-up. The first update
-    of a warm-up has learning rate 0.
-
-    Args:
-      warmup_steps, steps_per_update: of `warmup`.
-    """
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(
-            warmup(learning_rate, warmup_steps, steps_per_update),
-            b1=beta1,
-            b2=beta2,
-            weight_decay=weight_decay,
-            mask=_decays,
-        ),
-    )
-
-
-class Optimizer(NamedTuple):
-    """A gradient transformation, and its learning rate for the metrics."""
-
-    transformation: optax.GradientTransformation
-    learning_rate: optax.Schedule  # of the updates done
-
-
-def adamw_optimizer(
-    *, learning_rate: float, warmup_steps: int, steps_per_update: int = 1, **options: float
-) -> Optimizer:
-    """`adamw` with its learning rate.
-
-    Args:
-      options: further ones of `adamw`.
-    """
-    transformation = adamw(
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        steps_per_update=steps_per_update,
-        **options,
-    )
-    return Optimizer(transformation, warmup(learning_rate, warmup_steps, steps_per_update))
-
-
-def _decays(params: Params) -> Any:
-    """False for the Fourier embedding's frequencies: constants, though checkpoints hold them."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "freqs" not in jax.tree_util.keystr(path), params
-    )
-
-
-def warmup(learning_rate: float, warmup_steps: int, steps_per_update: int = 1) -> optax.Schedule:
-    """Updates done -> learning_rate * min(1, steps_per_update * updates done / warmup_steps).
-
-    Args:
-      steps_per_update: n for a network that is updated on each n-th step and whose schedule is
-        counted in steps.
-    """
-    if warmup_steps == 0:
-        return optax.constant_schedule(learning_rate)
-    rate = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-    return rate if steps_per_update == 1 else lambda updates: rate(steps_per_update * updates)
 
 
 def train_state(

@@ -49,8 +49,8 @@ class Study(NamedTuple):
 
     def make_pairs(self) -> Path:
         """The folder of the pairs, which are made where the config names none."""
-        if self.config.pairs.folder:
-            return path_of(self.config.pairs.folder)
+        if self.config.data.pairs:
+            return path_of(self.config.data.pairs)
         folder = self.workdir / "pairs"
         run_step("pairs", *self.arguments, "--workdir", folder)
         return folder
@@ -63,7 +63,7 @@ class Study(NamedTuple):
         overrides = [
             *row_overrides(self.config, row),
             f"--config.seed={seed}",
-            f"--config.pairs.folder={pairs}",
+            f"--config.data.pairs={pairs}",
         ]
         train = ["train", *self.arguments, *overrides, "--workdir", folder]
         return self._evaluated(
@@ -139,7 +139,7 @@ def _contents(config: ConfigDict, pairs: Path) -> dict[str, Any]:
     metadata = read_metadata(pairs)
     names = ("seed", "count", "num_steps", "teacher_sha256")
     contents: dict[str, Any] = {"pairs": {name: getattr(metadata, name) for name in names}}
-    if config.distance == "lpips" and config.regression_weight:
+    if config.objective.distance == "lpips" and config.objective.regression_weight:
         lpips = describe_auxiliary(path_of(config.lpips.weights), LPIPS)
         contents["lpips_sha256"] = lpips["params_sha256"]
     return contents

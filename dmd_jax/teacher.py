@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config = run_config(args, "teacher")
-    options = config.teacher
+    options = config.teaching
     profile = profiled_steps(args.profile, options.steps)
     mesh = mesh_of(config)
     introduce(mesh)
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         options.batch_size,
         mesh,
         accumulation=config.accumulation,
-        name="config.teacher.batch_size",
+        name="config.teaching.batch_size",
     )
     setting = teaching_of(config)
     _announce(setting.class_names, args.workdir)

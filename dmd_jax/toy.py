@@ -7,6 +7,7 @@ those of every distillation. configs/toy2d.py says what is claimed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator
@@ -18,10 +19,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dmd_jax.config import resolve_config, save_config
-from dmd_jax.distillation import dmd_settings
+from dmd_jax.config import resolve_config, save_config, settings_of
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import check_ranges
 from dmd_jax.files import local_path, write_json
 from dmd_jax.metrics import MetricsWriter, Progress, must_be_finite
 from dmd_jax.pictures import save_png
@@ -67,7 +66,6 @@ def run(args: argparse.Namespace) -> None:
     if results.exists():
         raise UserError(f"{results} exists; expected a --workdir without a finished run")
     config = resolve_config(args.config, args.overrides, args.workdir, command="toy")
-    check_ranges(config)
     plane = make_plane(config)
     with locked(args.workdir):
         save_config(config, args.workdir, command="toy")
@@ -107,8 +105,10 @@ def train(
     Raises:
       UserError: a loss or a gradient is not finite; names the step.
     """
-    settings = dmd_settings(config, plane.schedule)._replace(
-        regression_batch_size=len(plane.pairs["z_ref"]), **OBJECTIVES[objective]
+    settings = dataclasses.replace(
+        settings_of(config),
+        regression_batch_size=len(plane.pairs["z_ref"]),
+        **OBJECTIVES[objective],
     )
     chosen = plane.objective(settings)
     step = make_train_step(chosen, accumulation=config.accumulation, mesh=plane.mesh)

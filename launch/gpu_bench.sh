@@ -27,7 +27,7 @@ bench() { # NAME ARGUMENT…
 
 fashion_mnist() { # CONFIG IMAGES SAMPLES EVALUATE [OVERRIDE…]
   local result=$folder/fashion_mnist.seconds lpips=$folder/lpips.safetensors began=$SECONDS
-  local common=(--config "$1" "--config.images=$2" "${@:5}")
+  local common=(--config "$1" "--config.data.images=$2" "${@:5}")
   common+=("--config.teacher.weights=$folder/teacher" "--config.lpips.weights=$lpips")
   [ ! -e "$result" ] || return 0
   rm -rf "$folder/teacher" "$folder/ablation" # what is there already would be none of the time
@@ -48,17 +48,17 @@ if [ -n "$small" ]; then
   install_requirements requirements.txt tests/requirements-torch.txt '.[lpips,tfds,torch]'
   sd=tests/configs/sd_shaped.py
   bench cifar10_cond --config configs/cifar10_cond.py --steps 2 --config.batch_size=2 \
-    --config.regression_batch_size=2 --config.lpips.resolution=32
+    --config.objective.regression_batch_size=2 --config.lpips.resolution=32
   bench sd15 --config $sd --steps 2
   bench sd15_latency --config $sd --what latency --steps 5
   fashion_mnist configs/fashion_mnist.py:cpu "$images" 640 \
-    '--vgg-resolution 64 --num-reference 1000' --config.teacher.steps=20 \
+    '--vgg-resolution 64 --num-reference 1000' --config.teaching.steps=20 \
     --config.pairs.count=200 --config.steps=20
 else
   use_gpus '.[gpu,lpips,tfds,torch]'
   bench cifar10_cond --config configs/cifar10_cond.py --config.compute_dtype=bfloat16
   bench sd15 --config configs/sd15_laion625.py --config.batch_size=32 \
-    --config.regression_batch_size=16
+    --config.objective.regression_batch_size=16
   bench sd15_latency --config configs/sd15_laion625.py --what latency --steps 100
   fashion_mnist configs/fashion_mnist.py "$images" 10000 ''
 fi

@@ -46,7 +46,7 @@ def tiny(tmp_path_factory):
     succeeds("teacher", "--config", TINY, "--workdir", folder / "teacher")
     weights = f"--config.teacher.weights={folder / 'teacher' / 'weights'}"
     succeeds("pairs", "--config", TINY, weights, "--workdir", folder / "pairs")
-    return ["--config", TINY, weights, f"--config.pairs.folder={folder / 'pairs'}"]
+    return ["--config", TINY, weights, f"--config.data.pairs={folder / 'pairs'}"]
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def flips(folder: Path, count: int, seed: int) -> Iterator[Flip]:
     config = ("--config", TINY, f"--config.teacher.weights={folder / 'teacher' / 'weights'}")
     succeeds("teacher", "--config", TINY, "--workdir", folder / "teacher")
     succeeds("pairs", *config, "--workdir", folder / "pairs")
-    pairs = f"--config.pairs.folder={folder / 'pairs'}"
+    pairs = f"--config.data.pairs={folder / 'pairs'}"
     # Lines of metrics at 4, 8 and 10; the checkpoint to fall back to, at 6, holds those of 5 and 6.
     run = (*config, pairs, "--config.steps=8", "--config.checkpoint_every=6")
     succeeds("train", *run, "--workdir", folder / "run")
@@ -91,7 +91,7 @@ def _outcome(kind: str, folder: Path, config: tuple) -> tuple[int | None, str, d
             command = ("sample", "--weights", folder / "teacher" / "weights", "--out", out)
             command += ("--num", 4, "--sampler", "heun", "--steps", 2, "--batch-size", 8)
         elif kind == "pairs":
-            pairs = f"--config.pairs.folder={folder / 'pairs'}"
+            pairs = f"--config.data.pairs={folder / 'pairs'}"
             command = ("train", *config, pairs, "--config.steps=10", "--workdir", out)
         else:
             shutil.copytree(folder / "run", out)

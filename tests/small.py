@@ -9,8 +9,8 @@ import numpy as np
 from dmd_jax import samplers
 from dmd_jax.models import Denoiser
 from dmd_jax.objectives import DMD, Networks, dmd
+from dmd_jax.optimizers import AdamW, adamw
 from dmd_jax.schedules import NoiseSchedule, expand
-from dmd_jax.state import adamw_optimizer
 from dmd_jax.teachers.edm import edm_teacher
 
 SHAPE = (4, 4, 1)
@@ -63,8 +63,8 @@ def teacher(schedule=None):
 def objective(*, optimizer=None, family=None, **settings):
     """DMD of the small denoiser; both players start as the teacher's copy."""
     family = family or teacher()
-    optimizer = optimizer or adamw_optimizer(learning_rate=1e-3, warmup_steps=4)
-    settings = {"regression_batch_size": settings["batch_size"]} | settings
+    optimizer = optimizer or adamw(AdamW(learning_rate=1e-3, warmup_steps=4))
+    settings = {"regression_batch_size": settings["batch_size"], "distance": "l2"} | settings
     networks = Networks(
         generate=functools.partial(samplers.one_step, denoise, schedule=family.schedule),
         teacher=lambda frozen, *args: denoise(frozen["network"], *args),

@@ -72,10 +72,11 @@ def test_each_run_is_of_its_row_and_seed(study):
             workdir = study / row / f"seed-{seed}"
             config = json.loads((workdir / "config.json").read_text())["config"]
             assert config["seed"] == seed and config["steps"] == 40
-            assert config["pairs"]["folder"] == str(study / "pairs")
-            found = (config["matching_weight"], config["regression_weight"])
+            assert config["data"]["pairs"] == str(study / "pairs")
+            objective, optimizers = config["objective"], config["optimizer"].values()
+            found = (objective["matching_weight"], objective["regression_weight"])
             assert found == (matching, regression)
-            assert config["learning_rate"] == config["fake_score_learning_rate"] == rate
+            assert [one["learning_rate"] for one in optimizers] == [rate, rate]
             line = read_metrics(workdir)[-1]
             assert line["step"] == 40
             assert ("loss_matching" in line) == (matching > 0)
@@ -233,14 +234,14 @@ def test_a_row_is_finished_for_what_it_follows_from(study, tmp_path, monkeypatch
 
     assert run_row() == ["train", "evaluate"]
     assert run_row() == []
-    keys = ("log_every=7", "checkpoint_every=7", "mesh.fsdp=2", "images=elsewhere", "seed=9")
+    keys = ("log_every=7", "checkpoint_every=7", "mesh.fsdp=2", "data.images=elsewhere", "seed=9")
     overrides += [f"--config.{key}" for key in (*keys, "lpips.weights=f", "teacher.weights=elsewh")]
     assert run_row() == []
     for key in ("num_steps", "seed"):
         metadata[key] += 1
         assert run_row() == ["train", "evaluate"]
         assert run_row() == []
-    overrides += ["--config.distance=lpips"]
+    overrides += ["--config.objective.distance=lpips"]
     changes["judges"] = {"reference": "b"}
     assert run_row() == run_row("l2") == ["train", "evaluate"]
     lpips["params_sha256"] = "b"
@@ -317,9 +318,9 @@ def test_labels_stand_beside_their_rows():
         (("--evaluate", "--features 'a"), '--evaluate "--features \'a": No closing quotation'),
         (("--evaluate", "--colour red"), "unrecognized arguments: --colour red"),
         (("--features", "hue"), 'features "hue"'),
-        (("--config.images=",), "config.images is empty; expected real images"),
-        (("--config.weighting=eq9",), "config.weighting is 'eq9'"),
-        (("--config.distance=lpips",), "expected config.lpips.repeat_grey=True"),
+        (("--config.data.images=",), "config.data.images is empty; expected real images"),
+        (("--config.objective.weighting=eq9",), "config.objective.weighting is 'eq9'"),
+        (("--config.objective.distance=lpips",), "expected config.lpips.repeat_grey=True"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_made(command, tmp_path, capsys, argv, named):

@@ -52,8 +52,10 @@ def test_unknown_or_mistyped_key(capsys, tiny, tmp_path):
     assert "no key bach_size; did you mean batch_size?" in line
     line = fails(capsys, "train", *tiny, "--workdir", tmp_path / "w", "--config.batch_size=many")
     assert "--config.batch_size=many" in line
-    line = fails(capsys, "train", *tiny, "--workdir", tmp_path / "w", "--config.weighting=eq9")
-    assert "config.weighting is 'eq9'; expected one of normalized" in line
+    line = fails(
+        capsys, "train", *tiny, "--workdir", tmp_path / "w", "--config.objective.weighting=eq9"
+    )
+    assert "config.objective.weighting is 'eq9'; expected one of normalized" in line
 
 
 def test_batch_that_the_devices_do_not_divide(capsys, tiny, tmp_path):
@@ -65,7 +67,7 @@ def test_batch_that_the_devices_do_not_divide(capsys, tiny, tmp_path):
 
 def test_a_refused_config_leaves_nothing_behind(capsys, tiny, tmp_path):
     command = ("train", *tiny, "--workdir", tmp_path / "w", "--config.steps=1")
-    for wrong in ("batch_size=12", "weighting=eq9", "keep_checkpoints=0", "log_every=0"):
+    for wrong in ("batch_size=12", "objective.weighting=eq9", "keep_checkpoints=0"):
         assert wrong.partition("=")[0] in fails(capsys, *command, f"--config.{wrong}")
     assert not (tmp_path / "w").exists()
     succeeds(*command)
@@ -90,7 +92,7 @@ def test_network_options_of_a_wrong_type(capsys, tmp_path):
 
 def test_resuming_with_other_pairs_is_refused(capsys, tiny, copy, tmp_path):
     succeeds("pairs", *tiny, "--workdir", tmp_path / "p", "--config.pairs.count=48")
-    folder = f"--config.pairs.folder={tmp_path / 'p'}"
+    folder = f"--config.data.pairs={tmp_path / 'p'}"
     before = (copy / "config.json").read_bytes()
     line = fails(capsys, "train", "--workdir", copy, folder)
     assert (copy / "config.json").read_bytes() == before
@@ -107,7 +109,7 @@ def test_damaged_weights(capsys, copy, tmp_path):
 
 
 def test_pairs_of_another_resolution_channels_or_classes(capsys, tiny, tmp_path):
-    folder = shutil.copytree(argument(tiny, "pairs.folder"), tmp_path / "pairs")
+    folder = shutil.copytree(argument(tiny, "data.pairs"), tmp_path / "pairs")
     original, _ = read_sealed(folder / "metadata.json", "a test's")
     changes = {
         "resolution": {"sample_shape": [16, 16, 1]},
@@ -117,24 +119,24 @@ def test_pairs_of_another_resolution_channels_or_classes(capsys, tiny, tmp_path)
     for name, change in changes.items():
         write_sealed(folder / "metadata.json", original | change)
         line = fails(
-            capsys, "train", *tiny, f"--config.pairs.folder={folder}", "--workdir", tmp_path / "w"
+            capsys, "train", *tiny, f"--config.data.pairs={folder}", "--workdir", tmp_path / "w"
         )
         assert name in line and "expected" in line
-    folder = argument(tiny, "pairs.folder")
+    folder = argument(tiny, "data.pairs")
     other = write_changed(
         folder, read_metadata(folder), tmp_path / "other", teacher_sha256="0" * 64
     )
     line = fails(
-        capsys, "train", *tiny, f"--config.pairs.folder={other}", "--workdir", tmp_path / "w"
+        capsys, "train", *tiny, f"--config.data.pairs={other}", "--workdir", tmp_path / "w"
     )
     assert "another teacher" in line
 
 
 def test_truncated_or_corrupt_shard(capsys, tiny, tmp_path):
-    folder = shutil.copytree(argument(tiny, "pairs.folder"), tmp_path / "pairs")
+    folder = shutil.copytree(argument(tiny, "data.pairs"), tmp_path / "pairs")
     shard = folder / "pairs-00001-of-00003.array_record"
     whole = shard.read_bytes()
-    command = ("train", *tiny, f"--config.pairs.folder={folder}")
+    command = ("train", *tiny, f"--config.data.pairs={folder}")
     shard.write_bytes(whole[: len(whole) // 2])
     line = fails(capsys, *command, "--workdir", tmp_path / "w")
     assert shard.name in line and "truncated or damaged" in line
@@ -203,8 +205,10 @@ def test_a_config_that_was_changed_is_not_gone_on_with(capsys, tiny, copy, old, 
         assert expected in fails(capsys, "train", *arguments, "--workdir", copy)
     # The checkpoint knows the run's config too.
     path.unlink()
-    line = fails(capsys, "train", *tiny, "--workdir", copy, "--config.beta2=0.9")
-    assert "beta2 is 0.999 there, 0.9 here; expected the same values" in line
+    line = fails(
+        capsys, "train", *tiny, "--workdir", copy, "--config.optimizer.generator.beta2=0.9"
+    )
+    assert "optimizer.generator.beta2 is 0.999 there, 0.9 here; expected the same values" in line
     succeeds("train", *tiny, "--workdir", copy)
 
 
@@ -216,8 +220,8 @@ def test_a_config_of_an_earlier_version_needs_its_file(capsys, tiny, copy):
     assert f"{path} has no sha256" in line and "expected --config FILE as well" in line
     succeeds("train", *tiny, "--workdir", copy)
     assert json.loads(path.read_text()) == saved
-    path.write_text(json.dumps({**saved, "schema": 2, "sha256": None}))
-    assert "is of schema 2; expected 1" in fails(capsys, "train", *tiny, "--workdir", copy)
+    path.write_text(json.dumps({**saved, "schema": 3, "sha256": None}))
+    assert "is of schema 3; expected 2" in fails(capsys, "train", *tiny, "--workdir", copy)
 
 
 def test_workdir_of_another_command(capsys, tiny, copy):
@@ -268,7 +272,7 @@ def test_zip_with_paths_that_leave_the_folder(capsys, tmp_path):
         TINY,
         "--workdir",
         tmp_path / "w",
-        f"--config.images={tmp_path / 'images.zip'}",
+        f"--config.data.images={tmp_path / 'images.zip'}",
     )
     assert "images.zip" in line and "../outside.png" in line
 
@@ -282,7 +286,7 @@ def test_images_of_another_shape_than_the_network(capsys, tmp_path):
         TINY,
         "--workdir",
         tmp_path / "w",
-        f"--config.images={tmp_path / 'colour.npz'}",
+        f"--config.data.images={tmp_path / 'colour.npz'}",
     )
     assert "(8, 8, 3)" in line and "(8, 8, 1)" in line
 
@@ -337,8 +341,9 @@ def test_nonfinite_loss_stops_at_its_step(capsys, tiny, tmp_path):
         *tiny,
         "--workdir",
         tmp_path,
-        "--config.learning_rate=1e30",
-        "--config.clip_norm=1e30",
+        "--config.optimizer.generator.learning_rate=1e30",
+        "--config.optimizer.generator.clip_norm=1e30",
+        "--config.optimizer.fake_score.clip_norm=1e30",
         "--config.checkpoint_every=1",
         "--config.log_every=5",
     )

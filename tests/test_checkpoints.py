@@ -10,8 +10,9 @@ import pytest
 
 from dmd_jax import checkpoints
 from dmd_jax.errors import UserError
+from dmd_jax.optimizers import AdamW, adamw
 from dmd_jax.sharding import make_mesh, replicated, with_shardings
-from dmd_jax.state import adamw, former_layout, train_state
+from dmd_jax.state import former_layout, train_state
 
 
 def test_what_another_process_cannot_read_is_not_used_here(tmp_path, monkeypatch, caplog):
@@ -105,7 +106,7 @@ def test_a_checkpoint_that_knows_no_players_is_the_state(tmp_path):
     """As runs wrote them that had two networks and the generator's average by name."""
     sharding = replicated(make_mesh())
     params = {"generator": {"w": jnp.arange(3.0)}, "fake_score": {"w": jnp.ones(2)}}
-    optimizers = dict.fromkeys(params, adamw(learning_rate=1e-3))
+    optimizers = dict.fromkeys(params, adamw(AdamW(learning_rate=1e-3)).transformation)
     state = train_state(params, optimizers, averaged=["generator"], seed=4)
     state = jax.device_put(state, sharding)
     run = checkpoints.Checkpoints(tmp_path / "checkpoints")

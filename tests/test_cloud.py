@@ -332,9 +332,7 @@ def test_what_cannot_be_used_is_named(gcs, tiny, tiny_there, trained, folder, tm
     assert "weights gs://bucket/none: no such folder" in line
     line = fails(capsys, "sample", "--weights", trained, "--out", "gs://bucket/x.png")
     assert "argument --out: gs://bucket/x.png: expected a path on this host" in line
-    line = fails(
-        capsys, "train", *tiny[:3], "--workdir", tmp_path, f"--config.pairs.folder={folder}"
-    )
+    line = fails(capsys, "train", *tiny[:3], "--workdir", tmp_path, f"--config.data.pairs={folder}")
     assert f"{folder}/metadata.json: no such file" in line
 
     shard = "pairs.folder/pairs-00001-of-00003.array_record"

@@ -23,7 +23,7 @@ def folder_of(tiny, name):
 
 def test_pairs_are_the_teachers_samples_of_their_noise(tiny):
     teacher = load_weights(folder_of(tiny, "teacher.weights"))
-    pairs = PairSource(folder_of(tiny, "pairs.folder"), sample_shape=(8, 8, 1), num_classes=10)
+    pairs = PairSource(folder_of(tiny, "data.pairs"), sample_shape=(8, 8, 1), num_classes=10)
     assert len(pairs) == 80
     assert pairs.metadata.teacher_sha256 == params_sha256(teacher.params)
     records = [pairs[index] for index in (0, 31, 32, 79)]
@@ -125,7 +125,7 @@ def test_names_of_classes_go_from_folders_to_weights_and_results(tmp_path, capsy
         Image.new("L", (8, 8), 20 * index).save(tmp_path / "real" / name / "0.jpg")
     in_order = sorted(names)
     run = ("teacher", "--config", TINY, "--workdir", tmp_path / "run")
-    succeeds(*run, f"--config.images={tmp_path / 'real'}")
+    succeeds(*run, f"--config.data.images={tmp_path / 'real'}")
     expected = ", ".join(f"{label} {name}" for label, name in enumerate(in_order))
     assert f"teacher: classes by label: {expected}\n" in capsys.readouterr().out
     for folder in (tmp_path / "run" / "weights", tmp_path / "run"):
@@ -147,7 +147,7 @@ def test_teacher_learns(tmp_path):
         TINY,
         "--workdir",
         workdir,
-        "--config.teacher.steps=50",
+        "--config.teaching.steps=50",
         "--config.log_every=10",
         "--config.checkpoint_every=50",
     )

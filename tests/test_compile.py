@@ -9,7 +9,7 @@ from commands import TINY, fails, finish, start
 from dmd_jax.compilation import topology
 from dmd_jax.compilation.hlo import COLLECTIVES
 
-BATCHES = ("--config.batch_size=16", "--config.regression_batch_size=16")
+BATCHES = ("--config.batch_size=16", "--config.objective.regression_batch_size=16")
 
 
 def compiled(tmp_path, *arguments, code=0):

@@ -9,10 +9,11 @@ from diffusers_folder import TAESD, TEXT, UNET, VAE
 
 from dmd_jax.models import abstract_params, build_denoiser
 from dmd_jax.objectives import draw, draw_lognormal
+from dmd_jax.optimizers import AdamW, adamw
 from dmd_jax.samplers import heun
 from dmd_jax.sampling.draws import draw_labels, draw_latents
 from dmd_jax.schedules import NoiseSchedule
-from dmd_jax.state import Role, adamw_optimizer, key_data, role_key
+from dmd_jax.state import Role, key_data, role_key
 from dmd_jax.train_step import initial_state, make_train_step
 
 EDM = dict(img_resolution=8, in_channels=1, out_channels=1, label_dim=10, channel_mult=(1,))
@@ -48,7 +49,7 @@ def images():
 def step():
     """The fake score after a step, whose latents, labels, levels and noise are all drawn."""
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1, jnp.float32), SMALL)
-    optimizer = adamw_optimizer(learning_rate=1e-3, warmup_steps=0)
+    optimizer = adamw(AdamW(learning_rate=1e-3, warmup_steps=0))
     objective = small.objective(batch_size=4, optimizer=optimizer)
     state = initial_state(objective, {"network": params}, seed=3)
     train_step = jax.jit(make_train_step(objective))

@@ -386,7 +386,9 @@ def test_gpu_bench_does_what_has_no_figures(checkout):
     assert bench.startswith("dmd-jax [bench] [--json] [ROOT/figures of mine/sd15.json]")
     assert bench.count("[--peer]") == 2
     assert [line.split()[1] for line in others] == ["[convert]", "[teacher]", "[ablate]"]
-    assert all("[--config.images=pad2:tfds:fashion_mnist:train]" in line for line in others[1:])
+    assert all(
+        "[--config.data.images=pad2:tfds:fashion_mnist:train]" in line for line in others[1:]
+    )
     judge = evaluated(others[-1])
     assert (judge.num, judge.features) == (10_000, ["vgg16"]) and judge.repeat_grey
     assert str(judge.lpips) == str(folder / "lpips.safetensors")

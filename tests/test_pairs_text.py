@@ -28,8 +28,8 @@ def get_config():
     config = default_config()
     config.network = {network!r}
     config.teacher.weights = {weights!r}
-    config.text.prompts = {prompts!r}
-    config.guidance = 3.0
+    config.data.prompts = {prompts!r}
+    config.teacher.guidance = 3.0
     config.pairs.sampler = "ddim"
     config.pairs.num_steps = 3
     config.pairs.count = 10
@@ -170,12 +170,12 @@ def test_two_processes_make_what_one_makes(config, pairs, tmp_path):
     [
         ("pairs.sampler=heun", "config.pairs.sampler is 'heun'; expected pndm or ddim or dpm++"),
         ("pairs.sampler=one-step", "config.pairs.sampler is 'one-step'; expected pndm"),
-        ("guidance=-1.0", "guidance is -1.0; expected a number of at least 0"),
+        ("teacher.guidance=-1.0", "guidance is -1.0; expected a number of at least 0"),
         ("pairs.num_steps=1001", "num_steps is 1001; expected 1 to 1000"),
         ("pairs.compute_dtype=float8", "dtype is 'float8'; expected one of"),
         ("pairs.matmul_precision=tf32", "matmul_precision is 'tf32'; expected one of highest"),
-        ("text.prompts=", "config.text.prompts is empty; expected the folder of `dmd-jax prompts`"),
-        ("text.prompts=no", "no/metadata.json: no such file; expected a folder written by `prompt"),
+        ("data.prompts=", "config.data.prompts is empty; expected the folder of `dmd-jax prompts`"),
+        ("data.prompts=no", "no/metadata.json: no such file; expected a folder written by `prompt"),
         ("network.sample_size=16", "sample_size is 8, expected 16"),
     ],
 )
@@ -192,7 +192,9 @@ def test_samplers_and_guidance_of_text_are_refused_without_text(capsys, tmp_path
     command = ("pairs", *config, weights, "--workdir", tmp_path / "pairs")
     line = fails(capsys, *command, "--config.pairs.sampler=pndm")
     assert "config.pairs.sampler is 'pndm'; expected heun: the teacher is no text" in line
-    assert "config.guidance is 2.0; expected 1.0" in fails(capsys, *command, "--config.guidance=2")
+    assert "config.teacher.guidance is 2.0; expected 1.0" in fails(
+        capsys, *command, "--config.teacher.guidance=2"
+    )
     assert not (tmp_path / "pairs").exists()
 
 
@@ -201,7 +203,7 @@ def test_a_folder_goes_on_with_its_own_prompts_only(capsys, config, pairs, tmp_p
     before = {path: path.read_bytes() for path in folder.iterdir()}
     (tmp_path / "other.txt").write_text("a dog\n")
     succeeds("prompts", tmp_path / "other.txt", tmp_path / "other")
-    other = f"--config.text.prompts={tmp_path / 'other'}"
+    other = f"--config.data.prompts={tmp_path / 'other'}"
     line = fails(capsys, "pairs", "--workdir", folder, other)
     assert "already holds other pairs (prompts 4 there, 1 now; prompts_sha256" in line
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

@@ -48,16 +48,15 @@ def test_grey_images_are_shown_three_times(config):
 
 def test_l2_and_no_regression_need_no_weights():
     config = default_config()
-    config.distance = "l2"
+    config.objective.distance = "l2"
     assert distance_of(config, COLOUR) is None
-    config.distance, config.regression_weight = "lpips", 0.0
+    config.objective.distance, config.objective.regression_weight = "lpips", 0.0
     assert distance_of(config, COLOUR) is None
 
 
 @pytest.mark.parametrize(
     "overrides, shape, message",
     [
-        ({"distance": "ssim"}, COLOUR, "config.distance is 'ssim'; expected one of lpips, l2"),
         ({}, GREY, "these images are grey; expected config.lpips.repeat_grey=True"),
         ({}, (8, 8, 4), "config.lpips: VGG16 got images of shape (1, 8, 8, 4)"),
         ({"lpips.pooling": "median"}, COLOUR, "config.lpips: LPIPS pooling is 'median'"),
@@ -82,7 +81,7 @@ def test_training_with_lpips_refuses_to_start_without_weights(tiny, capsys, tmp_
     line = fails(
         capsys,
         *("train", *tiny, "--workdir", tmp_path / "run"),
-        *("--config.distance=lpips", "--config.lpips.repeat_grey=True"),
+        *("--config.objective.distance=lpips", "--config.lpips.repeat_grey=True"),
     )
     assert "dmd-jax convert lpips" in line and "dmd_jax[lpips]" in line
     assert not (tmp_path / "run").exists()
@@ -90,7 +89,7 @@ def test_training_with_lpips_refuses_to_start_without_weights(tiny, capsys, tmp_
 
 def test_train_with_lpips_resumes_to_the_same_bits(tiny, lpips_file, capsys, tmp_path):
     arguments = (
-        *("train", *tiny, "--config.distance=lpips", "--config.lpips.repeat_grey=True"),
+        *("train", *tiny, "--config.objective.distance=lpips", "--config.lpips.repeat_grey=True"),
         *("--config.lpips.resolution=16", f"--config.lpips.weights={lpips_file}"),
     )
     runs = tmp_path / "whole", tmp_path / "parts"

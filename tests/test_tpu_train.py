@@ -117,7 +117,7 @@ def bench(tmp_path):
 
 def test_a_run_from_nothing_to_its_end(bench):
     bench.behave("test -f tests/configs/tiny.py && echo trained")
-    words = ["--config.text.prompts=a file's name", '--config.note=$HOME `ls` "&" ü']
+    words = ["--config.data.prompts=a file's name", '--config.note=$HOME `ls` "&" ü']
     out, err = bench.train(
         "--config",
         "tests/configs/tiny.py",

@@ -11,11 +11,10 @@ import small
 from dmd_jax import sharding
 from dmd_jax.experiment import abstract_state, shardings_of
 from dmd_jax.objectives import draw, fake_score_loss, generator_loss, one_architecture
+from dmd_jax.optimizers import AdamW, adamw
 from dmd_jax.schedules import NoiseSchedule
 from dmd_jax.state import (
     Role,
-    adamw,
-    adamw_optimizer,
     apply_gradients,
     role_key,
     train_state,
@@ -146,16 +145,17 @@ def test_fake_score_trains_on_the_generator_before_its_update():
     """One step written out by hand from Algorithm 1, with the draws of (seed, step, role)."""
     teacher = small.init(jax.random.key(0))
     generator = jax.tree.map(lambda leaf: 1.1 * leaf, teacher)
-    optimizer = adamw(learning_rate=1e-2, warmup_steps=0)
+    optimizer = adamw(AdamW(learning_rate=1e-2, warmup_steps=0))
+    transformation = optimizer.transformation
     names = ("generator", "fake_score")
     state = train_state(
         {"generator": generator, "fake_score": teacher},
-        dict.fromkeys(names, optimizer),
+        dict.fromkeys(names, transformation),
         averaged=["generator"],
         seed=3,
     )
     pairs = small.pairs_batch(1, BATCH)
-    _, step = make_step(optimizer=adamw_optimizer(learning_rate=1e-2, warmup_steps=0))
+    _, step = make_step(optimizer=optimizer)
     after, metrics = jax.jit(step)(state, {"network": teacher}, {"pairs": pairs})
 
     def keyed(role):
@@ -188,8 +188,8 @@ def test_fake_score_trains_on_the_generator_before_its_update():
             {"x0": aux["x"], "cond": cond},
             denoise=small.denoise,
         )
-        expected_generator = apply_gradients(state.players["generator"], grads, optimizer)
-        expected_fake = apply_gradients(state.players["fake_score"], fake_grads, optimizer)
+        expected_generator = apply_gradients(state.players["generator"], grads, transformation)
+        expected_fake = apply_gradients(state.players["fake_score"], fake_grads, transformation)
         return expected_generator, expected_fake, aux
 
     expected_generator, expected_fake, aux = jax.device_get(by_hand())

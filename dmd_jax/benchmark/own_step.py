@@ -113,7 +113,7 @@ def delete(tree: Any) -> None:
 def _limits(config: ConfigDict) -> dict[str, int]:
     """What the integers in a batch are below, by name."""
     network = complete(config.network.to_dict())
-    if not config.text.text_encoder:
+    if not config.teacher.text_encoder:
         return {"label": max(network["label_dim"], 1)}
-    vocabulary = complete(config.text.text_encoder.to_dict())["vocab_size"]
+    vocabulary = complete(config.teacher.text_encoder.to_dict())["vocab_size"]
     return {"tokens": vocabulary}

@@ -52,9 +52,9 @@ class TorchImages:
         self._denoiser = self._loaded(Denoiser(network), {"network": params["network"]})
         self._encoder = self._decoder = None
         if decoder is not None:
-            encoder = build_torch(config.text.text_encoder.to_dict())
+            encoder = build_torch(config.teacher.text_encoder.to_dict())
             self._encoder = self._loaded(encoder, params["text_encoder"])
-            network = build_torch(config.text[decoder].to_dict())
+            network = build_torch(config.teacher[decoder].to_dict())
             self._decoder = self._loaded(network, params["decoders"][decoder])
         self._make = torch.compile(self._images, dynamic=False) if compiled else self._images
 

@@ -25,10 +25,10 @@ def matching_gradient(
     """losses.distribution_matching_gradient in the config's weighting."""
     alpha, sigma = (value[:, None, None, None] for value in level[:2])
     gradient = fake - real
-    if config.weighting == "normalized":
+    if config.objective.weighting == "normalized":
         gradient = gradient / (real - x).abs().mean(dim=(1, 2, 3), keepdim=True)
-        gradient = gradient * alpha if config.alpha_factor else gradient
-    elif config.weighting == "sigma_over_alpha":
+        gradient = gradient * alpha if config.objective.alpha_factor else gradient
+    elif config.objective.weighting == "sigma_over_alpha":
         gradient = alpha / sigma * gradient
     else:
         gradient = alpha * sigma * gradient
@@ -64,8 +64,8 @@ class Distance(nn.Module):
         options = dict(pooling=config.lpips.pooling, resolution=config.lpips.resolution or None)
         self.lpips = frozen(load_params(LPIPS(**options), params["lpips"]), device)
         if "decoders" in params:
-            name = config.text.decoder
-            decoder = build_torch(config.text[name].to_dict())
+            name = config.teacher.decoder
+            decoder = build_torch(config.teacher[name].to_dict())
             self.decoder = frozen(load_params(decoder, params["decoders"][name]), device)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from dmd_jax.benchmark.torch_networks import (
     load_params,
     to_nchw,
 )
+from dmd_jax.config import settings_of
 from dmd_jax.models import build_denoiser, complete
 
 Batch = dict[str, dict[str, Tensor]]
@@ -68,6 +69,7 @@ class TorchStep:
         compiled: bool = False,
     ):
         self._config, self._device, self._step = config, device, 0
+        self._settings = settings_of(config)
         network = complete(config.network.to_dict())
         ours = build_denoiser(network)
         denoiser = load_params(Denoiser(network), {"network": params["network"]})
@@ -79,21 +81,23 @@ class TorchStep:
             for module in self.trained.values():
                 module.network.enable_gradient_checkpointing()
                 module.train()  # diffusers heeds it in this mode alone
-        self.ema = frozen(copy.deepcopy(denoiser), device) if config.ema_decay else None
-        rates = (config.learning_rate, config.fake_score_learning_rate)
+        keeps_ema = self._settings.ema_decay > 0
+        self.ema = frozen(copy.deepcopy(denoiser), device) if keeps_ema else None
         self.optimizers = {
-            name: _optimizer(config, module, rate)
-            for (name, module), rate in zip(self.trained.items(), rates)
+            name: _optimizer(config.optimizer[name], module)
+            for name, module in self.trained.items()
         }
         self._schedulers = {
-            name: torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up(config.warmup_steps))
+            name: torch.optim.lr_scheduler.LambdaLR(
+                optimizer, _warm_up(config.optimizer[name].warmup_steps)
+            )
             for name, optimizer in self.optimizers.items()
         }
         self._uncond = self._encoder = None
         if "null" in params:
             self._uncond = torch.tensor(params["null"], device=device)
         if "text_encoder" in params:
-            encoder = build_torch(config.text.text_encoder.to_dict())
+            encoder = build_torch(config.teacher.text_encoder.to_dict())
             self._encoder = frozen(load_params(encoder, params["text_encoder"]), device)
         self._call: dict[str, Any] = {
             **self.trained,
@@ -118,17 +122,15 @@ class TorchStep:
 
     def draw(self) -> Draws:
         """What `make_train_step` draws, from PyTorch's generator."""
-        config = self._config
-        fresh = config.batch_size - config.match_reference * config.regression_batch_size
+        settings = self._settings
+        count = settings.batch_size
+        fresh = count - settings.match_reference * settings.regression_batch_size
         label = None
         if self._num_classes:
             label = torch.randint(self._num_classes, (fresh,), device=self._device)
-        bins = ((config.min_index, config.max_index + 1), (0, self._schedule.num_levels))
+        bins = ((settings.min_index, settings.max_index + 1), (0, self._schedule.num_levels))
         matching, fake = (
-            (
-                torch.randint(*ends, (config.batch_size,), device=self._device),
-                self._normal(config.batch_size),
-            )
+            (torch.randint(*ends, (count,), device=self._device), self._normal(count))
             for ends in bins
         )
         return Draws(self._normal(fresh), label, matching, fake)
@@ -136,7 +138,7 @@ class TorchStep:
     def __call__(self, batch: Batch, draws: Draws | None = None) -> dict[str, Tensor]:
         """One step of both networks; returns losses and gradient norms."""
         config = self._config
-        update = self._step % config.generator_every == 0
+        update = self._step % self._settings.generator_every == 0
         whole = self._whole(batch, draws or self.draw())
         metrics: dict[str, Tensor] = {}
         groups = math.gcd(config.batch_size, len(whole["y_ref"]))
@@ -146,14 +148,16 @@ class TorchStep:
                 metrics[name] = metrics.get(name, 0.0) + loss / config.accumulation
         for name, module in self.trained.items():
             if name == "fake_score" or update:
-                norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+                clip_norm = config.optimizer[name].clip_norm
+                norm = nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
                 metrics[f"grad_norm_{name}"] = norm
                 self.optimizers[name].step()
                 self.optimizers[name].zero_grad()
-            if name == "fake_score" or update or config.warmup_counts == "steps":
+            counts = config.optimizer[name].warmup_counts
+            if name == "fake_score" or update or counts == "steps":
                 self._schedulers[name].step()
         if update and self.ema is not None:
-            self._average(self._step // config.generator_every)
+            self._average(self._step // self._settings.generator_every)
         self._step += 1
         return metrics
 
@@ -180,7 +184,7 @@ class TorchStep:
             "matching": draws.matching,
             "fake": draws.fake,
         }
-        if not self._config.match_reference:
+        if not self._settings.match_reference:
             return found | {"z_ref": pairs["z_ref"], "cond_ref": cond_ref}
         joined = None if cond is None else _join_pairs(cond, cond_ref)
         return found | {"z": _join_pairs(draws.z, pairs["z_ref"]), "cond": joined}
@@ -207,19 +211,19 @@ class TorchStep:
         self, part: dict[str, Any], x: Tensor, losses: dict[str, Tensor]
     ) -> Tensor:
         """The generator's loss; its parts are put in `losses`."""
-        config, total = self._config, torch.zeros((), device=self._device)
-        if config.matching_weight:
+        total = torch.zeros((), device=self._device)
+        if self._settings.matching_weight:
             gradient = self._matching(x.detach(), part)
             losses["loss_matching"] = matching_loss(x, gradient)
-            total = config.matching_weight * losses["loss_matching"]
-        if config.regression_weight:
+            total = self._settings.matching_weight * losses["loss_matching"]
+        if self._settings.regression_weight:
             if "z_ref" in part:
                 x_ref = self._generate(part["z_ref"], part["cond_ref"])
             else:
                 x_ref = _take_pairs(x, len(part["y_ref"]))
             regression = self._call["distance"](x_ref, part["y_ref"]).mean()
             losses["loss_regression"] = regression
-            total = total + config.regression_weight * regression
+            total = total + self._settings.regression_weight * regression
         losses["loss_generator"] = total
         for name, loss in losses.items():
             losses[name] = loss.detach()
@@ -236,7 +240,7 @@ class TorchStep:
 
     def _real(self, x_t: Tensor, level: Level, cond: Tensor | None) -> Tensor:
         """The teacher's prediction, guided by the empty prompt where images are of text."""
-        if self._uncond is None or self._config.guidance == 1:
+        if self._uncond is None or self._config.teacher.guidance == 1:
             return self._call["teacher"](x_t, level, cond)
         both = self._call["teacher"](
             torch.cat([x_t, x_t]),
@@ -244,26 +248,27 @@ class TorchStep:
             torch.cat([cond, self._uncond.expand_as(cond)]),
         )
         with_cond, without = both.chunk(2)
-        return torch.lerp(without, with_cond, self._config.guidance)
+        return torch.lerp(without, with_cond, self._config.teacher.guidance)
 
     def _generate(self, z: Tensor, cond: Tensor | None) -> Tensor:
         return self._schedule.one_step(self._call["generator"], z, cond)
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
-        decay = min(self._config.ema_decay, (1 + step) / (10 + step))
+        decay = min(self._settings.ema_decay, (1 + step) / (10 + step))
         averages, current = (
             list(module.parameters()) for module in (self.ema, self.trained["generator"])
         )
         torch._foreach_lerp_(averages, current, 1 - decay)
 
 
-def _optimizer(config: ConfigDict, module: nn.Module, rate: float) -> torch.optim.Optimizer:
+def _optimizer(options: ConfigDict, module: nn.Module) -> torch.optim.Optimizer:
+    """That of a player, by its part of config.optimizer."""
     return torch.optim.AdamW(
         module.parameters(),
-        lr=rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
+        lr=options.learning_rate,
+        betas=(options.beta1, options.beta2),
+        weight_decay=options.weight_decay,
         fused=True,
     )
 

@@ -56,7 +56,7 @@ def _training(config: ConfigDict, mesh: Mesh) -> Compilable:
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "images": stage.batch_size,
-        "regression_images": stage.regression_batch_size,
+        "regression_images": stage.objective.regression_batch_size,
         "accumulation": stage.accumulation,
         "remat": stage.remat,
         "compute_dtype": stage.compute_dtype,
@@ -79,7 +79,7 @@ def _sampling(config: ConfigDict, what: str, devices: Sequence[jax.Device]) -> C
     computation = computation_of(chosen)
     sampler, steps, guidance = "one-step", 1, 1.0
     if what == "pairs":
-        sampler, steps, guidance = options.sampler, options.num_steps, config.guidance
+        sampler, steps, guidance = options.sampler, options.num_steps, config.teacher.guidance
     networks = networks_of(config)
     teacher = family_of(config.network).build(networks, **computation)
     make = x0_maker(teacher, sampler, num_steps=steps, guidance=guidance)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dmd_jax import losses, samplers, state
-from dmd_jax.config import stages_of
+from dmd_jax import samplers, state
+from dmd_jax.config import settings_of, stages_of
 from dmd_jax.data.pairs import PairSource
 from dmd_jax.data.pairs_metadata import TextPairsMetadata
 from dmd_jax.distillation.setting import Method, Setting
@@ -22,14 +22,13 @@ from dmd_jax.experiment import (
     computation_of,
     distance_of,
     fake_weight_of,
-    generator_steps_per_update,
     lpips_of,
-    one_of,
 )
 from dmd_jax.models import guided
 from dmd_jax.models.lpips import lpips_template
-from dmd_jax.objectives import DMD, Networks, Objective, dmd
-from dmd_jax.schedules import NoiseSchedule
+from dmd_jax.objectives import KINDS, Networks, Objective
+from dmd_jax.optimizers import AdamW, Optimizer, adamw
+from dmd_jax.options import make
 from dmd_jax.teachers.families import family_of, networks_of
 from dmd_jax.teachers.family import abstract_frozen, abstract_tokens
 from dmd_jax.teachers.teacher import Frozen, Teacher
@@ -47,16 +46,16 @@ def method_of(config: ConfigDict) -> Method:
       UserError: a value is impossible.
     """
     family = family_of(config.network)
-    if family.takes == "labels" and (config.guidance != 1 or config.match_reference):
+    guidance, matches = config.teacher.guidance, config.objective.get("match_reference", False)
+    if family.takes == "labels" and (guidance != 1 or matches):
         raise UserError(
-            f"config.guidance is {config.guidance} and match_reference {config.match_reference}; "
-            f"expected 1.0 and False for a teacher that is {family.network_is}"
+            f"config.teacher.guidance is {guidance} and config.objective.match_reference "
+            f"{matches}; expected 1.0 and False for a teacher that is {family.network_is}"
         )
-    one_of(config, "text.encode", ("in_step", "ahead"))
     # Once for each decoder, not for each objective: a text encoder takes seconds to trace.
     teachers = {name: _teacher(config, name) for name in decoder_names(config)}
-    teacher = teachers[config.text.decoder]
-    ahead = teacher.draw_tokens is None and config.text.encode == "ahead"
+    teacher = teachers[config.teacher.decoder]
+    ahead = teacher.draw_tokens is None and config.teacher.encode == "ahead"
     judge = distance_of(config, _image_shape(config, teacher))
     copy = lambda frozen, key: frozen["network"]  # noqa: E731
     optimizers, weight, key = optimizers_of(config), fake_weight_of(config), preview_key(config)
@@ -67,14 +66,15 @@ def method_of(config: ConfigDict) -> Method:
         return judge(frozen["lpips"], *images)
 
     def objective(stage: ConfigDict) -> Objective:
-        own = teachers[stage.text.decoder]
-        return dmd(
-            dmd_settings(stage, teacher.schedule),
-            own,
-            roles_of(stage, own),
-            init={"generator": copy, "fake_score": copy},
+        own = teachers[stage.teacher.decoder]
+        return build_objective(
+            settings_of(stage),
+            name=stage.objective.name,
+            teacher=own,
+            networks=roles_of(stage, own),
+            init=dict.fromkeys(optimizers, copy),
             optimizers=optimizers,
-            distance=None if judge is None else functools.partial(distance, own),
+            lpips=None if judge is None else functools.partial(distance, own),
             fake_weight=weight,
             preview_key=key,
         )
@@ -85,6 +85,21 @@ def method_of(config: ConfigDict) -> Method:
 
     encode_ahead = functools.partial(_encode_ahead, teacher) if ahead else None
     return Method(objective, frozen, encode_ahead, teacher, judged=judge is not None)
+
+
+def build_objective(settings: Any, *, name: str, **parts: Any) -> Objective:
+    """The objective of that name.
+
+    Args:
+      parts: the other arguments of its builder.
+
+    Raises:
+      UserError: settings that do not fit these.
+    """
+    try:
+        return KINDS[name].build(settings, **parts)
+    except UserError as error:
+        raise UserError(f"config.objective: {error}") from error
 
 
 def setting_of(config: ConfigDict, weights: Weights) -> Setting:
@@ -123,7 +138,7 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
 
     def sources(stage: ConfigDict) -> dict[str, Any]:
         needs = method.objective(stage).needs
-        found = {"pairs": pairs[stage.pairs.folder]} if "pairs" in needs else {}
+        found = {"pairs": pairs[stage.data.pairs]} if "pairs" in needs else {}
         return found | ({"prompts": text.prompts} if "prompts" in needs else {})
 
     preview, count = _preview(teacher, frozen, sources(config))
@@ -161,43 +176,16 @@ def _starts(config: ConfigDict, objective: Objective) -> dict[str, Params]:
     return starts
 
 
-def optimizers_of(config: ConfigDict) -> dict[str, state.Optimizer]:
-    """The generator's and the fake score's.
-
-    Raises:
-      UserError: config.warmup_counts is unknown.
-    """
+def optimizers_of(config: ConfigDict) -> dict[str, Optimizer]:
+    """Those of the objective's players, by name."""
+    every = {"generator": config.objective.get("generator_every", 1)}
     return {
-        name: state.adamw_optimizer(
-            learning_rate=learning_rate,
-            warmup_steps=config.warmup_steps,
-            steps_per_update=steps_per_update,
-            weight_decay=config.weight_decay,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            clip_norm=config.clip_norm,
+        player: adamw(
+            make(AdamW, options.to_dict(), f"config.optimizer.{player}"),
+            every=every.get(player, 1),
         )
-        for name, learning_rate, steps_per_update in (
-            ("generator", config.learning_rate, generator_steps_per_update(config)),
-            ("fake_score", config.fake_score_learning_rate, 1),
-        )
+        for player, options in config.optimizer.items()
     }
-
-
-def dmd_settings(config: ConfigDict, schedule: NoiseSchedule) -> DMD:
-    """The settings of a config, or of one stage of it.
-
-    Raises:
-      UserError: a value of the method that is unknown or out of range.
-    """
-    one_of(config, "weighting", losses.WEIGHTINGS)
-    if not 0 <= config.min_index <= config.max_index < schedule.num_levels:
-        raise UserError(
-            f"config.min_index={config.min_index} and config.max_index={config.max_index}; "
-            f"expected 0 <= min_index <= max_index < {schedule.num_levels}"
-        )
-    own = [name for name in DMD._fields if name in config]
-    return DMD(**{name: config[name] for name in own})
 
 
 def _teacher(config: ConfigDict, decoder: str) -> Teacher:
@@ -213,7 +201,7 @@ def _teacher(config: ConfigDict, decoder: str) -> Teacher:
 def _frozen(config: ConfigDict, teacher: Teacher) -> dict[str, Any]:
     """The frozen parameters of the teacher and of every stage's decoder, as ShapeDtypeStructs."""
     networks = dict(networks_of(config))
-    decoders = {name: config.text[name].to_dict() for name in decoder_names(config)}
+    decoders = {name: config.teacher[name].to_dict() for name in decoder_names(config)}
     if teacher.draw_tokens is None:
         networks["decoders"] = decoders
     frozen = abstract_frozen(networks)
@@ -225,7 +213,7 @@ def _frozen(config: ConfigDict, teacher: Teacher) -> dict[str, Any]:
 def _image_shape(config: ConfigDict, teacher: Teacher) -> tuple[int, ...]:
     """Of one image, (H, W, C)."""
     latents = jax.ShapeDtypeStruct((1, *teacher.sample_shape), jnp.float32)
-    decoders = networks_of(config, config.text.decoder).get("decoders", {})
+    decoders = networks_of(config, config.teacher.decoder).get("decoders", {})
     frozen = {"decoders": abstract_frozen(decoders)}
     return jax.eval_shape(teacher.decode, frozen, latents).shape[1:]
 
@@ -241,7 +229,9 @@ def _encode_ahead(teacher: Teacher, frozen: Frozen, batch: Any) -> Any:
 
 def roles_of(config: ConfigDict, teacher: Teacher) -> Networks:
     """All three roles are the teacher's network; the teacher alone is guided."""
-    guide = guided(teacher.denoise, config.guidance, at_once=config.guidance_at_once)
+    guide = guided(
+        teacher.denoise, config.teacher.guidance, at_once=config.teacher.guidance_at_once
+    )
 
     def real_score(frozen: Frozen, x_t: jax.Array, level: Any, cond: Any) -> jax.Array:
         return guide(frozen["network"], x_t, level, (cond, teacher.null(frozen)))
@@ -290,42 +280,42 @@ def _pairs_by_folder(
     pairs: dict[str, PairSource] = {}
     for _, stage in stages_of(config):
         if "pairs" in method.objective(stage).needs:
-            source = pairs.pop(stage.pairs.folder, None)
+            source = pairs.pop(stage.data.pairs, None)
             source = source or _open_pairs(stage, teacher, teacher_sha256, text)
-            pairs[stage.pairs.folder] = source
+            pairs[stage.data.pairs] = source
     return pairs
 
 
 def _open_pairs(
     config: ConfigDict, teacher: Teacher, teacher_sha256: str, text: Text | None
 ) -> PairSource:
-    """The pairs of config.pairs.folder, which are the teacher's.
+    """The pairs of config.data.pairs, which are the teacher's.
 
     Raises:
       UserError: they are not there, not whole, of another kind or of another teacher.
     """
-    if not config.pairs.folder:
-        raise UserError("config.pairs.folder is empty; expected the workdir of `dmd-jax pairs`")
+    if not config.data.pairs:
+        raise UserError("config.data.pairs is empty; expected the workdir of `dmd-jax pairs`")
     pairs = PairSource(
-        config.pairs.folder,
+        config.data.pairs,
         sample_shape=teacher.sample_shape,
         num_classes=teacher.limits.get("label", 0),
         token_length=None if text is None else text.tokenizer.max_length,
     )
     if pairs.metadata.teacher_sha256 != teacher_sha256:
         raise UserError(
-            f"pairs {config.pairs.folder} were made by another teacher "
+            f"pairs {config.data.pairs} were made by another teacher "
             f"({pairs.metadata.teacher}) than config.teacher.weights {config.teacher.weights}"
         )
     if text is None:
         return pairs
     for name, found, expected in (
-        ("guidance", pairs.metadata.guidance, config.guidance),
+        ("guidance", pairs.metadata.guidance, config.teacher.guidance),
         ("text_encoder_sha256", pairs.metadata.text_encoder_sha256, text.encoder_sha256),
     ):
         if found != expected:
             raise UserError(
-                f"pairs {config.pairs.folder} were made with {name} {found}; expected {expected}, "
+                f"pairs {config.data.pairs} were made with {name} {found}; expected {expected}, "
                 "that of the config and its teacher"
             )
     return pairs

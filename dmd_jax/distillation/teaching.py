@@ -12,7 +12,8 @@ from dmd_jax.errors import UserError
 from dmd_jax.experiment import computation_of, fake_weight_of
 from dmd_jax.models import build_denoiser
 from dmd_jax.objectives import Denoising, Objective, denoising
-from dmd_jax.state import adamw_optimizer
+from dmd_jax.optimizers import AdamW, adamw
+from dmd_jax.options import make
 from dmd_jax.teachers.edm import edm_teacher
 from dmd_jax.teachers.families import family_of
 
@@ -31,27 +32,17 @@ def teaching_of(config: ConfigDict) -> Setting:
             "this command trains"
         )
     denoiser = build_denoiser(config.network.to_dict(), **computation_of(config))
-    images = open_images(config.images, resolution=denoiser.sample_shape[0])
+    images = open_images(config.data.images, resolution=denoiser.sample_shape[0])
     if (images.sample_shape, images.num_classes) != (denoiser.sample_shape, denoiser.num_classes):
         raise UserError(
-            f"config.images {config.images} has shape {images.sample_shape} and "
+            f"config.data.images {config.data.images} has shape {images.sample_shape} and "
             f"{images.num_classes} classes; config.network expects {denoiser.sample_shape} and "
             f"{denoiser.num_classes}"
         )
-    options = config.teacher
-    optimizer = adamw_optimizer(
-        learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps,
-        weight_decay=options.weight_decay,
-        clip_norm=config.clip_norm,
-    )
-    settings = Denoising(
-        batch_size=options.batch_size,
-        p_mean=options.p_mean,
-        p_std=options.p_std,
-        ema_decay=options.ema_decay,
-        preview_steps=config.pairs.num_steps,
-    )
+    values = config.teaching.to_dict()
+    del values["steps"]
+    optimizer = adamw(make(AdamW, values.pop("optimizer"), "config.teaching.optimizer"))
+    settings = make(Denoising, values, "config.teaching")
 
     def objective(stage: ConfigDict) -> Objective:
         return denoising(
@@ -72,7 +63,7 @@ def teaching_of(config: ConfigDict) -> Setting:
         identity={"images": len(images)},
         network=config.network.to_dict(),
         class_names=images.class_names,
-        description=f"EDM teacher of {config.images}, EMA after {{step}} steps",
+        description=f"EDM teacher of {config.data.images}, EMA after {{step}} steps",
         preview={"images": {"label": labels}},
         preview_count=PREVIEW_COUNT,
     )

@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 from dmd_jax.config import stages_of
 from dmd_jax.data.prompts import TokenSource
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import check_same_network, one_of, prompts_of
+from dmd_jax.experiment import check_same_network, prompts_of
 from dmd_jax.models import complete
 from dmd_jax.teachers.teacher import Teacher
-from dmd_jax.text_parts import DECODERS, load_decoder, load_text_encoder, parts_folder
+from dmd_jax.text_parts import load_decoder, load_text_encoder, parts_folder
 from dmd_jax.tokenizer import Tokenizer, load_tokenizer
 from dmd_jax.weights import Weights, params_sha256
 
@@ -67,15 +67,8 @@ def load_text(config: ConfigDict) -> tuple[Text, ConfigDict]:
 
 
 def decoder_names(config: ConfigDict) -> list[str]:
-    """The decoders that a run needs, by name.
-
-    Raises:
-      UserError: an unknown one.
-    """
-    parts = [config, *(stage for _, stage in stages_of(config))]
-    for part in parts:
-        one_of(part, "text.decoder", DECODERS)
-    return sorted({part.text.decoder for part in parts})
+    """The decoders that a run needs, by name."""
+    return sorted({part.teacher.decoder for part in (config, *dict(stages_of(config)).values())})
 
 
 def _with_networks(config: ConfigDict, found: Mapping[str, Weights], parts: Path) -> ConfigDict:
@@ -85,10 +78,10 @@ def _with_networks(config: ConfigDict, found: Mapping[str, Weights], parts: Path
     """
     config = ConfigDict(config.to_dict())
     for name, weights in found.items():
-        if config.text[name]:
-            expected = config.text[name].to_dict()
-            check_same_network(weights.network, expected, parts, key=f"text.{name}")
-        config.text[name] = weights.network
+        if config.teacher[name]:
+            expected = config.teacher[name].to_dict()
+            check_same_network(weights.network, expected, parts, key=f"teacher.{name}")
+        config.teacher[name] = weights.network
     return config
 
 

@@ -1,5 +1,8 @@
 """Objectives, one file each: what a step trains, on what, and by which losses."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from dmd_jax.objectives.denoising import Denoising, denoising, fake_score_loss
 from dmd_jax.objectives.dmd import DMD, dmd
 from dmd_jax.objectives.draws import Draws, draw, draw_lognormal
@@ -12,10 +15,23 @@ from dmd_jax.objectives.objective import (
     View,
 )
 
+
+class Kind(NamedTuple):
+    """An objective that config.objective.name may name."""
+
+    settings: type  # the dataclass of the other options of config.objective
+    build: Callable[..., Objective]
+    players: tuple[str, ...]  # those that it may have
+
+
+KINDS = {"dmd": Kind(DMD, dmd, ("generator", "fake_score"))}
+
 __all__ = [
     "DMD",
+    "KINDS",
     "Denoising",
     "Draws",
+    "Kind",
     "Need",
     "Networks",
     "Objective",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,10 @@ from dmd_jax.objectives.objective import (
     check_batch,
     need,
 )
+from dmd_jax.optimizers import Optimizer
+from dmd_jax.options import option
 from dmd_jax.schedules import NoiseLevel, forward_diffusion
-from dmd_jax.state import Optimizer, Role
+from dmd_jax.state import Role
 from dmd_jax.teachers.teacher import Teacher
 from dmd_jax.types import Denoise, Params
 
@@ -59,14 +62,15 @@ def fake_score_loss(
     return losses.denoising_loss(denoised, x0, weight=weight(draws.level)).mean()
 
 
-class Denoising(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Denoising:
     """The settings of a teacher's training (arXiv 2206.00364, table 1)."""
 
-    batch_size: int
-    p_mean: float = -1.2  # ln(sigma) ~ N(p_mean, p_std^2)
-    p_std: float = 1.2
-    ema_decay: float = 0.9999
-    preview_steps: int = 18  # of the sampler that makes the pictures
+    batch_size: int = option(512, least=1)
+    p_mean: float = option(-1.2)  # ln(sigma) ~ N(p_mean, p_std^2)
+    p_std: float = option(1.2, above=0)
+    ema_decay: float = option(0.9999, least=0, most=1)
+    preview_steps: int = option(18, least=1)  # of the sampler that makes the pictures
 
 
 def denoising(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax import losses
+from dmd_jax.errors import UserError
 from dmd_jax.objectives.denoising import fake_score_loss
 from dmd_jax.objectives.draws import Draws, draw
 from dmd_jax.objectives.matching import Networks, generator_loss, join_pairs
@@ -23,27 +25,33 @@ from dmd_jax.objectives.objective import (
     View,
     need,
 )
+from dmd_jax.optimizers import Optimizer
+from dmd_jax.options import option
 from dmd_jax.schedules import NoiseLevel, expand
-from dmd_jax.state import Optimizer, Role
+from dmd_jax.state import Role
 from dmd_jax.teachers.teacher import Frozen, Teacher
 from dmd_jax.types import Params
 
 
-class DMD(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DMD:
     """The settings of the method, or of a stage of a run, with the paper's values for CIFAR-10."""
 
     batch_size: int  # B, the samples of the matching loss and of the fake score
-    regression_batch_size: int  # R, the pairs
-    match_reference: bool = False  # the pairs' latents are among the B, so B - R are fresh
-    matching_weight: float = 1.0
-    regression_weight: float = 0.25
-    weighting: str = "normalized"  # of losses.distribution_matching_gradient, as alpha_factor
-    alpha_factor: bool = False
-    use_fake_score: bool = True  # of generator_loss
-    min_index: int = 20  # bins of the matching loss, both included
-    max_index: int = 980
-    generator_every: int = 1  # the generator updates on each n-th step
-    ema_decay: float = 0.0  # of the generator's average; 0 keeps none
+    regression_batch_size: int = option(392, least=1, staged=True)  # R, the pairs
+    # The pairs' latents are among the B, so that B - R are fresh, as for Stable Diffusion.
+    match_reference: bool = option(False)
+    matching_weight: float = option(1.0, least=0)
+    regression_weight: float = option(0.25, least=0, staged=True)
+    distance: str = option("lpips", choices=("lpips", "l2"))  # of the regression
+    weighting: str = option("normalized", choices=losses.WEIGHTINGS)
+    alpha_factor: bool = option(False)  # Eq. 8's alpha_t, which Algorithm 2 leaves out
+    use_fake_score: bool = option(True)  # False matches the real score alone, as in Figure 3a
+    # Bins of the schedule that the matching loss draws from, both included.
+    min_index: int = option(20, least=0, staged=True)
+    max_index: int = option(980, least=0, staged=True)
+    generator_every: int = option(1, least=1)  # the generator updates on each n-th step
+    ema_decay: float = option(0.0, least=0, most=1)  # of the generator's average; 0 keeps none
 
 
 class _Parts(NamedTuple):
@@ -52,7 +60,7 @@ class _Parts(NamedTuple):
     settings: DMD
     teacher: Teacher
     networks: Networks
-    distance: Callable[[Frozen, jax.Array, jax.Array], jax.Array] | None
+    lpips: Callable[[Frozen, jax.Array, jax.Array], jax.Array] | None
     fake_weight: Callable[[NoiseLevel], jax.Array]
     preview_key: jax.Array
 
@@ -64,7 +72,7 @@ def dmd(
     *,
     init: Mapping[str, Callable[[Frozen, jax.Array], Params]],
     optimizers: Mapping[str, Optimizer],
-    distance: Callable[[Frozen, jax.Array, jax.Array], jax.Array] | None = None,
+    lpips: Callable[[Frozen, jax.Array, jax.Array], jax.Array] | None = None,
     fake_weight: Callable[[NoiseLevel], jax.Array] = losses.edm_weight,
     preview_key: jax.Array,
 ) -> Objective:
@@ -77,11 +85,15 @@ def dmd(
       networks: the function `teacher` in it takes all that the step only reads, not only the
         teacher's own parameters.
       init, optimizers: of both players, by name.
-      distance: (frozen, x, y) -> [B], the regression's; None is L2.
+      lpips: (frozen, x, y) -> [B], where it is the distance of the regression.
       fake_weight: level -> [B], the denoising loss's weight.
       preview_key: of what is random in the pictures.
+
+    Raises:
+      UserError: bins that the teacher's schedule does not have, or LPIPS asked for and not given.
     """
-    parts = _Parts(settings, teacher, networks, distance, fake_weight, preview_key)
+    _check(settings, teacher, lpips)
+    parts = _Parts(settings, teacher, networks, lpips, fake_weight, preview_key)
     players = {
         "generator": Player(
             init=init["generator"],
@@ -105,6 +117,17 @@ def dmd(
         rows=functools.partial(_rows, parts),
         pictures=functools.partial(_pictures, parts),
     )
+
+
+def _check(settings: DMD, teacher: Teacher, lpips: Callable | None) -> None:
+    bins = teacher.schedule.num_levels
+    if not 0 <= settings.min_index <= settings.max_index < bins:
+        raise UserError(
+            f"min_index={settings.min_index} and max_index={settings.max_index}; expected "
+            f"0 <= min_index <= max_index < {bins}"
+        )
+    if settings.distance == "lpips" and settings.regression_weight and lpips is None:
+        raise UserError("distance is lpips, and no lpips is given; expected one, or distance l2")
 
 
 def _asks_fake_score(settings: DMD) -> bool:
@@ -167,8 +190,8 @@ def _loss(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """`generator_loss` with the settings."""
     settings, distance = parts.settings, None
-    if parts.distance is not None:
-        distance = functools.partial(parts.distance, frozen)
+    if settings.distance == "lpips" and parts.lpips is not None:
+        distance = functools.partial(parts.lpips, frozen)
     return generator_loss(
         params,
         rows["matching"],

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from dmd_jax.errors import UserError
-from dmd_jax.state import Optimizer, Role
+from dmd_jax.optimizers import Optimizer
+from dmd_jax.state import Role
 from dmd_jax.teachers.teacher import Frozen
 from dmd_jax.types import Params
 

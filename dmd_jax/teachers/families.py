@@ -26,13 +26,13 @@ def networks_of(config: ConfigDict, decoder: str | None = None) -> Networks:
     """The networks that a run's config describes.
 
     Args:
-      decoder: its name in config.text; None leaves decoders out, as does a config without one.
+      decoder: its name in config.teacher; None leaves decoders out, as does a config without one.
     """
     networks = {"network": config.network.to_dict()}
-    if config.text.text_encoder:
-        networks["text_encoder"] = config.text.text_encoder.to_dict()
-    if decoder is not None and config.text[decoder]:
-        networks["decoders"] = {decoder: config.text[decoder].to_dict()}
+    if config.teacher.text_encoder:
+        networks["text_encoder"] = config.teacher.text_encoder.to_dict()
+    if decoder is not None and config.teacher[decoder]:
+        networks["decoders"] = {decoder: config.teacher[decoder].to_dict()}
     return networks
 
 

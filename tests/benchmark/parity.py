@@ -52,17 +52,16 @@ def text_config(**values):
     """Text to image with networks of a few thousand parameters, and with LPIPS by TAESD."""
     config = load_config(str(ROOT / "configs" / "sd15_tiny.py"), [])
     config.network = dict(name="unet2d_condition", **UNET)
-    config.text.text_encoder = dict(name="clip_text", **TEXT)
-    config.text.taesd = dict(name="autoencoder_tiny", **TAESD)
+    config.teacher.text_encoder = dict(name="clip_text", **TEXT)
+    config.teacher.taesd = dict(name="autoencoder_tiny", **TAESD)
     config.lpips.resolution = 16
     return _with(config, values)
 
 
 def _with(config, values):
-    config.warmup_steps = 0
-    config.learning_rate = config.fake_score_learning_rate = 1e-4
-    for key, value in values.items():
-        config[key] = value
+    for optimizer in config.optimizer.values():
+        optimizer.update(warmup_steps=0, learning_rate=1e-4)
+    config.update(values)
     return config
 
 
@@ -91,7 +90,10 @@ def draws_of(config, key, step: int):
 
     denoiser = build_denoiser(config.network.to_dict())
     shape, schedule = denoiser.sample_shape, denoiser.schedule
-    fresh = config.batch_size - config.match_reference * config.regression_batch_size
+    fresh = (
+        config.batch_size
+        - config.objective.match_reference * config.objective.regression_batch_size
+    )
 
     def nchw(array):
         return torch.tensor(np.asarray(array)).permute(0, 3, 1, 2)
@@ -111,7 +113,9 @@ def draws_of(config, key, step: int):
         z=nchw(jax.random.normal(role_key(key, step, Role.LATENTS), (fresh, *shape))),
         label=label,
         matching=levels_and_noise(
-            Role.MATCHING, min_index=config.min_index, max_index=config.max_index
+            Role.MATCHING,
+            min_index=config.objective.min_index,
+            max_index=config.objective.max_index,
         ),
         fake=levels_and_noise(Role.FAKE_SCORE),
     )

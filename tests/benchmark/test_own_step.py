@@ -43,7 +43,7 @@ def test_model_flops_are_of_the_predictions_and_their_gradients():
 
 
 def test_what_is_computed_again_for_memory_is_no_model_flops():
-    config = text_config(remat="full", batch_size=16, regression_batch_size=8)
+    config = text_config(remat="full", batch_size=16, objective={"regression_batch_size": 8})
     again = model_flops(config)
     config.remat = "none"
     assert model_flops(config) == again

@@ -87,7 +87,7 @@ def test_pixels_of_tokens(monkeypatch, decoder):
 
     monkeypatch.setattr(own_images, "random_weights", drawn_weights)
     config = text_config()
-    config.text.vae = dict(name="autoencoder_kl", **VAE)
+    config.teacher.vae = dict(name="autoencoder_kl", **VAE)
     own = own_images.OwnImages(config, count=2, decoder=decoder, devices=jax.devices()[:1])
     own.prepare()
     peer = TorchImages(config, *own.on_host(), decoder=decoder, device=torch.device(CPU))

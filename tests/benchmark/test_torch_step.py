@@ -96,7 +96,7 @@ def is_adam(part) -> bool:
 
 
 def test_step_of_images_with_labels(both):
-    config = edm_config(accumulation=2, generator_every=2, ema_decay=0.9)
+    config = edm_config(accumulation=2, objective={"generator_every": 2, "ema_decay": 0.9})
     own, peer, advance = both(config)
     names = [set(check_step(own, peer, advance, step)) for step in range(3)]
     fake_alone = {"loss_fake_score", "grad_norm_fake_score"}
@@ -119,7 +119,10 @@ def test_step_of_images_with_labels(both):
 
 
 def test_the_generators_warmup_in_steps(both):
-    config = edm_config(generator_every=2, warmup_counts="steps", warmup_steps=8)
+    warmup = {"warmup_counts": "steps", "warmup_steps": 8}
+    config = edm_config(
+        objective={"generator_every": 2}, optimizer={"generator": warmup, "fake_score": warmup}
+    )
     own, peer, advance = both(config)
     for step in range(3):  # of which the third is the generator's second update
         metrics = jax.device_get(own())
@@ -131,7 +134,8 @@ def test_the_generators_warmup_in_steps(both):
 
 def test_step_of_text_with_guidance_lpips_and_the_pairs_in_the_matching_loss(both):
     config = text_config()
-    assert config.match_reference and config.guidance == 3 and config.distance == "lpips"
+    assert config.objective.match_reference and config.objective.distance == "lpips"
+    assert config.teacher.guidance == 3
     own, peer, advance = both(config)
     for step in range(2):
         found = check_step(own, peer, advance, step)
@@ -156,7 +160,7 @@ def test_options_of_the_step_change_it():
         ("sigma_over_alpha", False),
         ("sigma3_over_alpha", False),
     ):
-        config = edm_config(weighting=weighting, alpha_factor=factor)
+        config = edm_config(objective={"weighting": weighting, "alpha_factor": factor})
         found = matching_gradient(x, real, fake, level, config)
         expected, _ = distribution_matching_gradient(
             *(tensor.numpy() for tensor in (x, real, fake)),

@@ -12,11 +12,11 @@ def get_config():
     config.network.sample_size = 32
     config.network.block_out_channels = (64, 128, 256, 256)
     config.network.cross_attention_dim = 256
-    config.text.text_encoder.hidden_size = 256
-    config.text.text_encoder.intermediate_size = 1024
-    config.text.text_encoder.num_attention_heads = 4
-    config.text.text_encoder.num_hidden_layers = 2
-    config.text.taesd = dict(
+    config.teacher.text_encoder.hidden_size = 256
+    config.teacher.text_encoder.intermediate_size = 1024
+    config.teacher.text_encoder.num_attention_heads = 4
+    config.teacher.text_encoder.num_hidden_layers = 2
+    config.teacher.taesd = dict(
         name="autoencoder_tiny",
         encoder_block_out_channels=(16, 16, 16, 16),
         decoder_block_out_channels=(16, 16, 16, 16),
@@ -24,7 +24,7 @@ def get_config():
     config.compute_dtype = "float32"
     config.remat = "none"
     config.batch_size = 4
-    config.regression_batch_size = 2
+    config.objective.regression_batch_size = 2
     config.lpips.resolution = 64
     config.pairs.batch_size = 2
     return config

@@ -5,7 +5,7 @@ from dmd_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.images = "digits"
+    config.data.images = "digits"
     config.network = dict(
         name="songunet",
         img_resolution=8,
@@ -18,21 +18,21 @@ def get_config():
         attn_resolutions=(),
     )
     config.teacher.weights = ""
-    config.teacher.steps = 4
-    config.teacher.batch_size = 16
-    config.teacher.warmup_steps = 2
+    config.teaching.steps = 4
+    config.teaching.batch_size = 16
+    config.teaching.optimizer.warmup_steps = 2
     config.pairs.count = 80
     config.pairs.num_steps = 2
     config.pairs.batch_size = 16
     config.pairs.shard_size = 32
     config.steps = 12
     config.batch_size = 16
-    config.regression_batch_size = 8
-    config.learning_rate = 1e-3
-    config.fake_score_learning_rate = 1e-3
-    config.warmup_steps = 2
-    config.distance = "l2"
-    config.ema_decay = 0.9
+    config.objective.regression_batch_size = 8
+    for optimizer in config.optimizer.values():
+        optimizer.learning_rate = 1e-3
+        optimizer.warmup_steps = 2
+    config.objective.distance = "l2"
+    config.objective.ema_decay = 0.9
     config.log_every = 4
     config.picture_every = 12
     config.checkpoint_every = 4

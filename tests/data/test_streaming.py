@@ -390,7 +390,7 @@ def test_training_through_a_cache_of_a_tenth_gives_the_same_weights(
 
     watched = Watched(monkeypatch)
     for name, folder in (("here", tmp_path / "pairs"), ("there", "gs://bucket/training")):
-        pairs = f"--config.pairs.folder={folder}"
+        pairs = f"--config.data.pairs={folder}"
         cache = f"--cache-gb={limit / 1e9}"
         succeeds("train", *tiny[:3], pairs, "--workdir", tmp_path / name, cache)
     assert weights_sha256(tmp_path / "there") == weights_sha256(tmp_path / "here")

@@ -22,8 +22,8 @@ def assert_equal(found, expected):
 
 def test_without_the_regression_no_pairs_are_asked_for(tiny, tmp_path):
     *without_pairs, pairs = tiny
-    assert pairs.startswith("--config.pairs.folder=")
-    arguments = [*without_pairs, "--config.regression_weight=0", "--config.steps=2"]
+    assert pairs.startswith("--config.data.pairs=")
+    arguments = [*without_pairs, "--config.objective.regression_weight=0", "--config.steps=2"]
     succeeds("train", *arguments, "--workdir", tmp_path)
     (line, *_) = read_metrics(tmp_path)
     assert line["loss_matching"] >= 0 and "loss_regression" not in line
@@ -31,7 +31,7 @@ def test_without_the_regression_no_pairs_are_asked_for(tiny, tmp_path):
 
 
 def test_without_the_matching_loss_no_fake_score_is_trained(tiny, tmp_path):
-    arguments = [*tiny, "--config.matching_weight=0", "--config.steps=2"]
+    arguments = [*tiny, "--config.objective.matching_weight=0", "--config.steps=2"]
     succeeds("train", *arguments, "--workdir", tmp_path)
     (line, *_) = read_metrics(tmp_path)
     assert line["loss_regression"] > 0
@@ -43,7 +43,8 @@ def test_without_the_matching_loss_no_fake_score_is_trained(tiny, tmp_path):
 def test_players_start_from_those_of_an_earlier_run(tiny, trained, tmp_path):
     """The first update of a warm-up has learning rate 0, so a step leaves both as they were."""
     starts = [f"--config.start.{name}={trained}" for name in ("generator", "fake_score")]
-    arguments = [*tiny, "--config.steps=1", "--config.warmup_steps=5"]
+    warmups = [f"--config.optimizer.{name}.warmup_steps=5" for name in ("generator", "fake_score")]
+    arguments = [*tiny, "--config.steps=1", *warmups]
     succeeds("train", *arguments, *starts, "--workdir", tmp_path / "both")
     assert_equal(
         player_of(tmp_path / "both", "players/generator/params"), load_weights(trained).params
@@ -66,7 +67,7 @@ def test_players_start_from_those_of_an_earlier_run(tiny, trained, tmp_path):
     "overrides, named",
     [
         (
-            ["start.fake_score={trained}", "matching_weight=0"],
+            ["start.fake_score={trained}", "objective.matching_weight=0"],
             "nothing trains a fake_score here; expected some of generator",
         ),
         (["start.generator=/nowhere"], "weights /nowhere: no such folder"),

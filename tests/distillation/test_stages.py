@@ -7,7 +7,7 @@ import small
 from commands import ROOT, succeeds
 
 from dmd_jax.checkpoints import Checkpoints
-from dmd_jax.config import default_config, load_config, stages_of
+from dmd_jax.config import default_config, load_config, stages_of, value_of
 from dmd_jax.data.loader import EpochOrder
 from dmd_jax.distillation import setting_of
 from dmd_jax.distillation.setting import Method, Setting, data_of
@@ -23,7 +23,7 @@ STAGED = ROOT / "tests" / "configs" / "staged.py"
 
 
 def values(config, *keys):
-    return [(until, *(stage[key] for key in keys)) for until, stage in stages_of(config)]
+    return [(until, *(value_of(stage, key) for key in keys)) for until, stage in stages_of(config)]
 
 
 def test_stages_end_where_they_say_and_the_rest_is_the_config():
@@ -32,11 +32,11 @@ def test_stages_end_where_they_say_and_the_rest_is_the_config():
     assert values(config, "batch_size") == [(100, 392)]
     config.stages = (
         {"until": 10, "batch_size": 8},
-        {"until": 30, "regression_weight": 1.0, "text.decoder": "vae"},
+        {"until": 30, "objective.regression_weight": 1.0, "teacher.decoder": "vae"},
     )
-    keys = ("batch_size", "regression_weight")
+    keys = ("batch_size", "objective.regression_weight")
     assert values(config, *keys) == [(10, 8, 0.25), (30, 392, 1.0), (100, 392, 0.25)]
-    assert [stage.text.decoder for _, stage in stages_of(config)] == ["taesd", "vae", "taesd"]
+    assert [stage.teacher.decoder for _, stage in stages_of(config)] == ["taesd", "vae", "taesd"]
     config.steps = 30
     assert values(config, *keys) == [(10, 8, 0.25), (30, 392, 1.0)]
     config.steps = 5
@@ -53,7 +53,19 @@ def test_stages_end_where_they_say_and_the_rest_is_the_config():
         (({"until": 4}, {"until": 4}), "config.stages[1] is {'until': 4}; expected a dict whose"),
         ((7,), "config.stages[0] is 7; expected a dict whose until is more than 0 steps"),
         (({"until": 4, "seed": 1},), "config.stages[0] sets seed; expected some of batch_size"),
-        (({"until": 4, "batch_size": "many"},), "config.stages[0]: TypeError"),
+        (({"until": 4, "batch_size": "many"},), "config.stages[0]: Could not override field"),
+        (
+            ({"until": 4, "objective.regression_weight": -1.0},),
+            "config.stages[0].objective.regression_weight is -1.0; expected at least 0",
+        ),
+        (
+            ({"until": 4, "max_index": 500},),
+            "config.stages[0]: max_index has moved: it is config.objective.max_index",
+        ),
+        (
+            ({"until": 4, "objective.min_indx": 1},),
+            "config.stages[0]: the config has no key objective.min_indx; did you mean",
+        ),
     ],
 )
 def test_an_impossible_stage_is_named(stages, named):
@@ -94,12 +106,12 @@ def test_a_stage_takes_up_the_data_where_the_one_before_left_it():
 
     config = default_config()
     config.steps = 30
-    config.regression_batch_size = 6
-    config.stages = ({"until": 3, "regression_batch_size": 4},)
+    config.objective.regression_batch_size = 6
+    config.stages = ({"until": 3, "objective.regression_batch_size": 4},)
     (_, first), (_, second) = stages_of(config)
 
     def objective(stage):
-        needs = {"numbers": need(stage.regression_batch_size, {"number": SCALAR})}
+        needs = {"numbers": need(stage.objective.regression_batch_size, {"number": SCALAR})}
         return small.objective(batch_size=8)._replace(needs=needs)
 
     fields = dict.fromkeys(Setting._fields) | {"sources": lambda stage: {"numbers": Numbers()}}
@@ -119,13 +131,13 @@ def test_pairs_may_grow_with_the_position_kept(tiny, tmp_path):
     grown = tmp_path / "grown"
     more = ("--config.pairs.count=96", "--config.pairs.seed=2")
     succeeds("pairs", "--config", path, weights, *more, "--workdir", grown)
-    config = load_config(str(path), [weights, f"--config.pairs.folder={grown}"])
-    config.stages = ({"until": 3, "pairs.folder": small.partition("=")[2]},)
+    config = load_config(str(path), [weights, f"--config.data.pairs={grown}"])
+    config.stages = ({"until": 3, "data.pairs": small.partition("=")[2]},)
     setting, mesh = setting_of(config, teacher_of(config)), make_mesh(2, 4)
     (_, first), (_, second) = stages_of(config)
     few, many = (setting.sources(stage)["pairs"] for stage in (first, second))
     assert (len(many), many.metadata.seed) == (96, 2) and len(few) < 96
-    rows = config.regression_batch_size
+    rows = config.objective.regression_batch_size
     for stage, earlier, pairs, done in ((first, [], few, 0), (second, [(3, first)], many, 3)):
         batch = next(data_of(setting, mesh, stage, earlier))["pairs"]
         order = EpochOrder(len(pairs), config.seed)

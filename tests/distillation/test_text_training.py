@@ -39,11 +39,11 @@ def road(text_weights, lpips_file, tmp_path_factory):
     arguments = [
         *("--config", shipped_config("sd15_tiny")),
         f"--config.teacher.weights={text_weights}",
-        f"--config.text.prompts={folder / 'prompts'}",
+        f"--config.data.prompts={folder / 'prompts'}",
         f"--config.lpips.weights={lpips_file}",
     ]
     succeeds("pairs", *arguments, "--workdir", folder / "pairs")
-    return [*arguments, f"--config.pairs.folder={folder / 'pairs'}"], prompts
+    return [*arguments, f"--config.data.pairs={folder / 'pairs'}"], prompts
 
 
 def parameters(workdir):
@@ -81,7 +81,7 @@ def test_ten_steps_killed_and_resumed_to_a_sampled_grid(road, tmp_path):
 @pytest.fixture(scope="module")
 def setting(road):
     path, *overrides = road[0][1:]
-    config = load_config(str(path), [*overrides, "--config.distance=l2"])
+    config = load_config(str(path), [*overrides, "--config.objective.distance=l2"])
     return config, setting_of(config, teacher_of(config))
 
 
@@ -92,7 +92,8 @@ def batch_of(config, found):
 def conditions(config, found, frozen, batch):
     """What the step makes of the tokens of fresh latents and of pairs."""
     keys = lambda role: jax.random.key(int(role))  # noqa: E731
-    stage = ConfigDict(config.to_dict() | {"match_reference": False, "batch_size": 4})
+    stage = ConfigDict(config.to_dict() | {"batch_size": 4})
+    stage.objective.match_reference = False
     rows = found.method.objective(stage).rows(keys, frozen, batch)
     return rows["cond"], rows["cond_ref"]
 
@@ -103,16 +104,16 @@ def test_the_batches_hold_pairs_and_as_many_fresh_prompts_as_are_missing(setting
     shapes = jax.tree.map(lambda leaf: leaf.shape, found.method.batch(config))
     assert jax.tree.map(np.shape, batch) == shapes
     assert len(batch["prompts"]["tokens"]) == 4 and len(batch["pairs"]["tokens"]) == 4
-    config.match_reference = False
+    config.objective.match_reference = False
     assert len(batch_of(config, found)["prompts"]["tokens"]) == 8
-    config.match_reference = True
+    config.objective.match_reference = True
 
 
 def test_text_encoded_ahead_is_the_condition_of_the_step(setting):
     config, in_step = setting
     batch = batch_of(config, in_step)
     other = ConfigDict(config.to_dict())
-    other.text.encode = "ahead"
+    other.teacher.encode = "ahead"
     ahead = setting_of(other, teacher_of(other))
     expected = conditions(config, in_step, in_step.frozen, batch)
     frozen, before = ahead.method.split(ahead.frozen)
@@ -165,11 +166,14 @@ def test_the_fake_score_learns_the_noise(setting):
 @pytest.mark.parametrize(
     "override, named",
     [
-        ("guidance=7.5", "were made with guidance 3.0; expected 7.5"),
-        ("text.prompts=", "config.text.prompts is empty; expected the folder of `dmd-jax prompts`"),
-        ("text.encode=never", "config.text.encode is 'never'; expected one of in_step, ahead"),
-        ("text.decoder=none", "config.text.decoder is 'none'; expected one of"),
-        ("regression_batch_size=8", "config.batch_size is 8; expected more than"),
+        ("teacher.guidance=7.5", "were made with guidance 3.0; expected 7.5"),
+        ("data.prompts=", "config.data.prompts is empty; expected the folder of `dmd-jax prompts`"),
+        (
+            "teacher.encode=never",
+            "config.teacher.encode is 'never'; expected one of in_step",
+        ),
+        ("teacher.decoder=none", "config.teacher.decoder is 'none'; expected one of"),
+        ("objective.regression_batch_size=8", "config.batch_size is 8; expected more than"),
         ("remat=some", "remat is 'some'; expected one of none, full, dots"),
         ("network.cross_attention_dim=32", "another architecture than config.network"),
     ],
@@ -178,7 +182,7 @@ def test_what_does_not_fit_is_refused(road, tmp_path, capsys, override, named):
     arguments = [*road[0], f"--config.{override}"]
     if "regression_batch_size" not in override:
         # Eight devices take batches of eight.
-        arguments += ["--config.batch_size=16", "--config.regression_batch_size=8"]
+        arguments += ["--config.batch_size=16", "--config.objective.regression_batch_size=8"]
     assert named in fails(capsys, "train", *arguments, "--workdir", tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
@@ -190,8 +194,8 @@ def test_pairs_of_another_text_encoder_are_refused(road, tmp_path, capsys):
     write_changed(folder, read_metadata(folder), tmp_path / "pairs", **changes)
     line = fails(
         capsys,
-        *("train", *arguments[:-1], f"--config.pairs.folder={tmp_path / 'pairs'}"),
-        *("--config.batch_size=16", "--config.regression_batch_size=8"),
+        *("train", *arguments[:-1], f"--config.data.pairs={tmp_path / 'pairs'}"),
+        *("--config.batch_size=16", "--config.objective.regression_batch_size=8"),
         *("--workdir", tmp_path / "run"),
     )
     assert "were made with text_encoder_sha256 000" in line
@@ -205,7 +209,7 @@ def test_what_a_resumed_run_must_share(road, setting, tmp_path):
     prompts.write_text("one\ntwo\nthree\nfour\n")
     succeeds("prompts", prompts, tmp_path / "prompts")
     path, *overrides = road[0][1:]
-    overrides += ["--config.distance=l2", f"--config.text.prompts={tmp_path / 'prompts'}"]
+    overrides += ["--config.objective.distance=l2", f"--config.data.prompts={tmp_path / 'prompts'}"]
     other = load_config(str(path), overrides)
     identity = setting_of(other, teacher_of(other)).identity
     assert identity.keys() == found.identity.keys()
@@ -218,6 +222,6 @@ def test_a_teacher_is_not_trained_here(tmp_path, capsys):
     line = fails(
         capsys,
         *("teacher", "--config", shipped_config("sd15_tiny"), "--workdir", tmp_path / "teacher"),
-        *("--config.images=digits", "--config.teacher.batch_size=8"),
+        *("--config.data.images=digits", "--config.teaching.batch_size=8"),
     )
     assert "config.network is unet2d_condition; expected a network of EDM's" in line

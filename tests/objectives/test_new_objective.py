@@ -15,9 +15,10 @@ from dmd_jax.distillation.program import program_of
 from dmd_jax.distillation.setting import Method, Setting
 from dmd_jax.metrics import read_metrics
 from dmd_jax.objectives.objective import Objective, Player, Seen, need
+from dmd_jax.optimizers import AdamW, adamw
 from dmd_jax.schedules import NoiseSchedule, expand
 from dmd_jax.sharding import MIN_SHARDED_SIZE, make_mesh
-from dmd_jax.state import Role, adamw_optimizer
+from dmd_jax.state import Role
 from dmd_jax.teachers.teacher import Teacher
 from dmd_jax.train import train
 
@@ -66,7 +67,7 @@ def haiku_teacher():
 # what the vector's update of the same step has left of it, on each third step.
 def pull(teacher, batch_size):
     generate = functools.partial(samplers.one_step, teacher.denoise, schedule=teacher.schedule)
-    optimizer = adamw_optimizer(learning_rate=1e-2, warmup_steps=0)
+    optimizer = adamw(AdamW(learning_rate=1e-2, warmup_steps=0))
 
     def rows(keys, frozen, batch):
         z = jax.random.normal(keys(Role.LATENTS), (batch_size, *SHAPE), jnp.float32)

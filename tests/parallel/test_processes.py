@@ -45,7 +45,7 @@ def several_small(several):
     """As `several`, of `teacher` with the tests' own network."""
 
     def start_small(count, workdir, *argv, **options):
-        endless = "--config.teacher.steps=100000"
+        endless = "--config.teaching.steps=100000"
         argv = ("teacher", "--config", TINY, "--workdir", workdir, endless, *OFTEN, *argv)
         return several(count, *argv, program=SMALL, **options)
 
@@ -117,7 +117,7 @@ def test_four_processes_then_two_then_one_are_the_run_of_one(several_small, tmp_
     stopped = stopped_at(finish(two[0], 130))
     assert stopped_at(finish(two[1])) == stopped
 
-    steps = f"--config.teacher.steps={stopped + 3}"
+    steps = f"--config.teaching.steps={stopped + 3}"
     finish(start("teacher", "--workdir", workdir, steps, program=SMALL))
     argv = ("teacher", "--config", TINY, *OFTEN, steps, "--workdir", tmp_path / "whole")
     finish(start(*argv, program=SMALL))
@@ -145,13 +145,13 @@ def test_processes_of_different_configs_write_nothing(tmp_path):
     address = f"127.0.0.1:{free_port()}"
     several = ("--coordinator", address, "--processes", 2, "--process")
     argv = ("teacher", "--config", TINY, "--workdir", workdir)
-    sizes = "--config.teacher.batch_size=8", "--config.teacher.batch_size=4"
+    sizes = "--config.teaching.batch_size=8", "--config.teaching.batch_size=4"
     both = [start(*argv, sizes[index], *several, index) for index in range(2)]
     for process in both:
         output = finish(process, 2)
         assert (
             f"dmd-jax: error: the processes are not of one run: in process 1 ({HOST}) "
-            f"config.teacher.batch_size is 4 and 8 in process 0 ({HOST}); expected the same "
+            f"config.teaching.batch_size is 4 and 8 in process 0 ({HOST}); expected the same "
             "command, config, code and flags in each"
         ) in output
         assert output.count("error:") == 1

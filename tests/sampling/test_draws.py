@@ -74,7 +74,7 @@ def test_samples_never_have_the_latents_of_pairs_or_of_training():
 def test_evaluate_and_sample_make_one_set_of_images_which_is_not_the_pairs(tiny, tmp_path):
     """With the seed of the pairs, and the teacher's own sampler."""
     paths = dict(argument.removeprefix("--config.").split("=") for argument in tiny[2:])
-    pairs = PairSource(paths["pairs.folder"], sample_shape=(8, 8, 1), num_classes=10)
+    pairs = PairSource(paths["data.pairs"], sample_shape=(8, 8, 1), num_classes=10)
     records = [pairs[index] for index in range(16)]
     assert pairs.metadata.seed == 1 and pairs.metadata.num_steps == 2
     common = ("--weights", paths["teacher.weights"], "--sampler", "heun", "--steps", 2)

@@ -1,0 +1,138 @@
+"""Configs of earlier versions: what goes on, and what is refused by name."""
+
+import json
+
+import pytest
+from commands import ROOT, TINY
+
+from dmd_jax.config import flatten, load_config, option_of, resolve_config, save_config
+from dmd_jax.config.moved import place_of, with_places
+from dmd_jax.errors import UserError
+from dmd_jax.seals import read_sealed, write_sealed
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """tensor -> a workdir whose config.json has that config.mesh.tensor."""
+
+    def make(tensor):
+        save_config(load_config(str(TINY), []), tmp_path, command="train")
+        path = tmp_path / "config.json"
+        content, _ = read_sealed(path, "a test's")
+        content["config"]["mesh"]["tensor"] = tensor
+        write_sealed(path, content)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("path", [None, str(TINY)], ids=["workdir alone", "with its config"])
+def test_a_run_of_one_device_along_the_tensor_axis_goes_on(saved, path):
+    config = resolve_config(path, ["--config.mesh.fsdp=2"], saved(1), command="train")
+    assert config.mesh.to_dict() == {"data": -1, "fsdp": 2}
+    assert config.batch_size == load_config(str(TINY), []).batch_size
+
+
+@pytest.mark.parametrize("path", [None, str(TINY)], ids=["workdir alone", "with its config"])
+def test_a_run_of_more_is_refused(saved, path):
+    workdir = saved(2)
+    message = f"{workdir}/config.json: config.mesh.tensor is 2; expected none, or 1: nothing is"
+    with pytest.raises(UserError, match=message):
+        resolve_config(path, [], workdir, command="train")
+
+
+def test_a_config_file_may_say_one_and_no_more(tmp_path):
+    path = tmp_path / "mine.py"
+    source = (
+        "from dmd_jax.config import default_config\n"
+        "def get_config(tensor):\n"
+        "    config = default_config()\n"
+        "    config.mesh.tensor = int(tensor)\n"
+        "    return config\n"
+    )
+    path.write_text(source)
+    assert load_config(f"{path}:1", []).mesh.to_dict() == {"data": -1, "fsdp": 1}
+    with pytest.raises(UserError, match="mine.py:2: config.mesh.tensor is 2; expected none, or 1"):
+        load_config(f"{path}:2", [])
+    with pytest.raises(UserError, match="the config has no key mesh.tensor"):
+        load_config(str(TINY), ["--config.mesh.tensor=1"])
+
+
+# The shipped configs by their dotted keys as they were before a config had parts.
+FORMER = json.loads((ROOT / "tests" / "golden" / "configs_without_parts.json").read_text())
+# What configs could not say then, and its value.
+SILENT = {
+    "objective.name": "dmd",
+    "objective.use_fake_score": True,
+    "teaching.optimizer.beta1": 0.9,
+    "teaching.optimizer.beta2": 0.999,
+    "teaching.optimizer.warmup_counts": "updates",
+    "teaching.preview_steps": 18,
+    "toy": None,
+}
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_a_config_without_parts_says_what_the_one_with_parts_says(name):
+    found = flatten(load_config(str(ROOT / "configs" / f"{name}.py"), []).to_dict())
+    del found["teacher.weights"]  # a path of the machine
+    former = with_places(FORMER[name])
+    silent = {key: value for key, value in SILENT.items() if key in found}
+    assert found == former | silent
+    assert with_places(found) == found
+
+
+def test_a_run_of_a_config_without_parts_goes_on(tmp_path):
+    saved = {}
+    for key, value in (FORMER["sd15_laion6"] | {"teacher.weights": "there"}).items():
+        *parts, last = key.split(".")
+        inner = saved
+        for part in parts:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    content = {"schema": 1, "command": "train", "config": saved}
+    write_sealed(tmp_path / "config.json", content)
+    config = resolve_config(None, ["--config.log_every=7"], tmp_path, command="train")
+    expected = load_config(str(ROOT / "configs" / "sd15_laion6.py"), [])
+    expected.log_every, expected.teacher.weights = 7, "there"
+    assert flatten(config.to_dict()) == flatten(expected.to_dict())
+
+
+MOVED = {key for config in FORMER.values() for key in config if place_of(key)}
+
+
+@pytest.mark.parametrize("key", sorted(MOVED))
+def test_a_key_that_has_moved_names_its_place(key):
+    with pytest.raises(UserError) as caught:
+        load_config(str(TINY), [f"--config.{key}=1"])
+    places = with_places({key: 1})
+    named = " and ".join(f"config.{place}" for place in places)
+    assert str(caught.value) == f"--config.{key}=1: {key} has moved: it is {named}"
+    assert all(option_of(place, "dmd") is not None for place in places)
+
+
+def test_a_file_that_sets_moved_keys_learns_of_all_places(tmp_path):
+    path = tmp_path / "mine.py"
+    lines = ("config.images = 'digits'", "config.learning_rate = 1e-3", "config.beta1 = 0.0")
+    path.write_text(
+        "from dmd_jax.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        + "".join(f"    {line}\n" for line in lines)
+        + "    return config\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load_config(str(path), [])
+    assert str(caught.value) == (
+        f"--config {path}: beta1 has moved: it is config.optimizer.generator.beta1 and "
+        "config.optimizer.fake_score.beta1; images has moved: it is config.data.images; "
+        "learning_rate has moved: it is config.optimizer.generator.learning_rate"
+    )
+    path.write_text(
+        "from dmd_jax.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.text.prompts = 'there'\n"
+    )
+    with pytest.raises(UserError, match="config.text has moved: it is in config.teacher and"):
+        load_config(str(path), [])
