@@ -21,7 +21,7 @@ from dmd_jax.config.checks import (
     unknown,
     when_asked,
 )
-from dmd_jax.config.moved import drop_gone, place_of, with_places
+from dmd_jax.config.moved import drop_gone, place_of, places, with_places
 from dmd_jax.config.parts import OBJECTIVE, run_defaults
 from dmd_jax.errors import UserError
 from dmd_jax.files import local_path
@@ -74,10 +74,17 @@ def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """A copy of `config` with the values of `--config.KEY=VALUE` arguments.
 
+    A key of an earlier version is taken at its place, which is said on stderr, so that launch
+    scripts go on working.
+
     Raises:
       UserError: an argument of another form, an unknown key, or a value of the wrong type.
     """
     known = _keys(config)
+    for override in overrides:
+        if (found := places(override)) != [override]:
+            print(f"dmd-jax: {override} has moved: it is {' '.join(found)}", file=sys.stderr)
+    overrides = [place for override in overrides for place in places(override)]
     for override in overrides:
         if not override.startswith("--config.") or "=" not in override:
             raise UserError(f"unexpected argument {override!r}; overrides are --config.KEY=VALUE")
@@ -121,7 +128,7 @@ def resolve_config(
     else:
         config = apply_overrides(saved, overrides)
     if saved is not None:
-        overridden = {_key_of(override) for override in overrides}
+        overridden = {_key_of(place) for override in overrides for place in places(override)}
         asked = when_asked(overridden & flatten(config.to_dict()).keys(), config.objective.name)
         check_same_run(lasting(saved), lasting(config), workdir, asked=asked)
     return config

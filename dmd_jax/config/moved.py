@@ -61,6 +61,14 @@ def place_of(key: str) -> str | None:
     return None if places == (key,) else " and ".join(f"config.{place}" for place in places)
 
 
+def places(override: str) -> list[str]:
+    """An argument --config.KEY=VALUE of any earlier version, as those of the keys that it sets."""
+    key, equals, value = override.removeprefix("--config.").partition("=")
+    if not override.startswith("--config.") or not equals:
+        return [override]
+    return [f"--config.{place}={value}" for place in _renamed(key)]
+
+
 def drop_gone(tree: dict[str, Any], where: Any) -> None:
     """Removes from a config's nested values the keys that there are no more.
 
