@@ -27,7 +27,7 @@ setup(
         ("share/dmd_jax/configs", sorted(glob("configs/*.py"))),
         ("share/dmd_jax/configs/ablations", sorted(glob("configs/ablations/*.py"))),
     ],
-    entry_points={"console_scripts": ["dmd-jax = dmd_jax.cli:main"]},
+    entry_points={"console_scripts": ["dmd-jax = dmd_jax.commands.cli:main"]},
     install_requires=[
         "absl-py>=2",
         "array-record>=0.8",

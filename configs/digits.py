@@ -21,7 +21,7 @@ What differs from the paper's settings, because 1,000 steps have to do:
 """
 
 from dmd_jax.config import default_config
-from dmd_jax.weights import packaged
+from dmd_jax.storage.weights import packaged
 
 
 def get_config():

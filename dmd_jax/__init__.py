@@ -10,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dmd_jax.denoisers import discrete_denoiser, edm_denoiser, guided
-    from dmd_jax.discrete_samplers import ddim, dpm_solver_pp, pndm, unipc
-    from dmd_jax.losses import (
+    from dmd_jax.method.denoisers import discrete_denoiser, edm_denoiser, guided
+    from dmd_jax.method.discrete_samplers import ddim, dpm_solver_pp, pndm, unipc
+    from dmd_jax.method.losses import (
         denoising_loss,
         distribution_matching_gradient,
         distribution_matching_loss,
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
         regression_loss,
         snr_weight,
     )
+    from dmd_jax.method.samplers import euler, heun, one_step
+    from dmd_jax.method.schedules import NoiseLevel, NoiseSchedule, forward_diffusion, score
     from dmd_jax.objectives import (
         Draws,
         Networks,
@@ -29,13 +31,11 @@ if TYPE_CHECKING:
         generator_loss,
         one_architecture,
     )
-    from dmd_jax.samplers import euler, heun, one_step
-    from dmd_jax.schedules import NoiseLevel, NoiseSchedule, forward_diffusion, score
 
 _MODULES = {
-    "denoisers": ("discrete_denoiser", "edm_denoiser", "guided"),
-    "discrete_samplers": ("ddim", "dpm_solver_pp", "pndm", "unipc"),
-    "losses": (
+    "method.denoisers": ("discrete_denoiser", "edm_denoiser", "guided"),
+    "method.discrete_samplers": ("ddim", "dpm_solver_pp", "pndm", "unipc"),
+    "method.losses": (
         "denoising_loss",
         "distribution_matching_gradient",
         "distribution_matching_loss",
@@ -52,8 +52,8 @@ _MODULES = {
         "generator_loss",
         "one_architecture",
     ),
-    "samplers": ("euler", "heun", "one_step"),
-    "schedules": ("NoiseLevel", "NoiseSchedule", "forward_diffusion", "score"),
+    "method.samplers": ("euler", "heun", "one_step"),
+    "method.schedules": ("NoiseLevel", "NoiseSchedule", "forward_diffusion", "score"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

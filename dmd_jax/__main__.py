@@ -2,6 +2,6 @@
 
 import sys
 
-from dmd_jax.cli import main
+from dmd_jax.commands.cli import main
 
 sys.exit(main())

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dmd_jax.cli import main
+from dmd_jax.commands.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tests" / "configs" / "tiny.py"

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from commands import TINY, succeeds
 
-from dmd_jax.cli import main
-from dmd_jax.weights import load_weights, params_sha256
+from dmd_jax.commands.cli import main
+from dmd_jax.storage.weights import load_weights, params_sha256
 
 KINDS = ("checkpoint", "config", "metrics", "pairs", "weights")
 _SECONDS = 240  # after which a command hangs

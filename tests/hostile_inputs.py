@@ -22,19 +22,19 @@ from pyarrow import parquet
 from safetensors.numpy import save
 from small_tokenizer import write_tokenizer
 
-from dmd_jax.checkpoints import Checkpoints
 from dmd_jax.config import SCHEMA
 from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.data.images import open_images
-from dmd_jax.data.pairs import PairsMetadata, PairSource, write_pairs
+from dmd_jax.data.pair_shards import PairsMetadata, PairSource, write_pairs
 from dmd_jax.data.prompt_rows import PromptRows
-from dmd_jax.metrics import read_metrics
 from dmd_jax.models import abstract_params
-from dmd_jax.sample_files import read_latents
-from dmd_jax.seals import write_sealed
-from dmd_jax.tokenizer import load_tokenizer
-from dmd_jax.untrusted import read_json, read_npz
-from dmd_jax.weights import Weights, load_weights, save_weights
+from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.reporting.sample_files import read_latents
+from dmd_jax.storage.checkpoints import Checkpoints
+from dmd_jax.storage.seals import write_sealed
+from dmd_jax.storage.untrusted import read_json, read_npz
+from dmd_jax.storage.weights import Weights, load_weights, save_weights
+from dmd_jax.teachers.tokenizer import load_tokenizer
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
 HANG = 60  # seconds

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmd_jax import samplers
+from dmd_jax.method import samplers
+from dmd_jax.method.schedules import NoiseSchedule, expand
 from dmd_jax.models import Denoiser
 from dmd_jax.objectives import DMD, Networks, dmd
-from dmd_jax.optimizers import AdamW, adamw
-from dmd_jax.schedules import NoiseSchedule, expand
+from dmd_jax.objectives.optimizers import AdamW, adamw
 from dmd_jax.teachers.edm import edm_teacher
 
 SHAPE = (4, 4, 1)

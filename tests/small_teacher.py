@@ -4,8 +4,8 @@ import sys
 
 import small
 
-from dmd_jax import teacher
-from dmd_jax.cli import main
+from dmd_jax.commands import teacher
+from dmd_jax.commands.cli import main
 
 small.SHAPE, small.CLASSES = (8, 8, 1), 10  # the digits'
 

@@ -12,21 +12,21 @@ from commands import TINY, fails, finish, start, succeeds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dmd_jax import samplers
-from dmd_jax import study as study_module
-from dmd_jax.ablate import _paper
-from dmd_jax.ablation_report import labelled_rows, summarize, table
-from dmd_jax.cli import main
+from dmd_jax.commands import ablation_study as study_module
+from dmd_jax.commands.ablate import _paper
+from dmd_jax.commands.ablation_report import labelled_rows, summarize, table
+from dmd_jax.commands.cli import main
 from dmd_jax.config import load_config, shipped_config
 from dmd_jax.evaluation.digits_classifier import features
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance
-from dmd_jax.files import write_json
-from dmd_jax.metrics import read_metrics
+from dmd_jax.method import samplers
+from dmd_jax.method.schedules import NoiseSchedule
 from dmd_jax.models import build_denoiser
+from dmd_jax.reporting.metrics import read_metrics
 from dmd_jax.sampling.draws import draw_labels, draw_latents
-from dmd_jax.schedules import NoiseSchedule
-from dmd_jax.seals import read_sealed, write_sealed
-from dmd_jax.weights import load_weights
+from dmd_jax.storage.files import write_json
+from dmd_jax.storage.seals import read_sealed, write_sealed
+from dmd_jax.storage.weights import load_weights
 
 CLASSIFIER = "dmd_jax.evaluation.digits_classifier:features"
 ROWS = ["full", "without_matching", "without_regression"]

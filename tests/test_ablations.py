@@ -4,7 +4,8 @@ import pytest
 from commands import ROOT, fails
 from ml_collections import ConfigDict
 
-from dmd_jax.ablations import (
+from dmd_jax.config import apply_overrides, flatten, load_config, shipped_config
+from dmd_jax.distillation.ablations import (
     ROWS,
     apply_row,
     changes_nothing,
@@ -12,7 +13,6 @@ from dmd_jax.ablations import (
     paper_fid,
     row_overrides,
 )
-from dmd_jax.config import apply_overrides, flatten, load_config, shipped_config
 from dmd_jax.errors import UserError
 
 # row: (what differs from the full objective, FID on CIFAR-10, FID on ImageNet-64)

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dmd_jax import auxiliary
-from dmd_jax.auxiliary import (
+from dmd_jax.errors import UserError
+from dmd_jax.storage import judge_weights
+from dmd_jax.storage.judge_weights import (
     INCEPTION,
     LPIPS,
     describe_auxiliary,
     load_auxiliary,
     save_auxiliary,
 )
-from dmd_jax.errors import UserError
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def params(monkeypatch):
     """A network of two leaves, which stands for LPIPS's in this test."""
     found = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}, "b": np.ones(2)}
     template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), found)
-    monkeypatch.setitem(auxiliary._TEMPLATES, LPIPS, lambda: template)
-    monkeypatch.setattr(auxiliary, "check_published", lambda params, where: None)
+    monkeypatch.setitem(judge_weights._TEMPLATES, LPIPS, lambda: template)
+    monkeypatch.setattr(judge_weights, "check_published", lambda params, where: None)
     return found
 
 

@@ -10,11 +10,11 @@ import pytest
 from commands import ROOT, TINY, fails, finish, start, succeeds
 from shard_labels import write_changed
 
-from dmd_jax.checkpoints import Checkpoints
 from dmd_jax.data.pairs_metadata import read_metadata
-from dmd_jax.metrics import read_metrics
-from dmd_jax.seals import read_sealed, write_sealed
-from dmd_jax.weights import load_weights, params_sha256
+from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.storage.checkpoints import Checkpoints
+from dmd_jax.storage.seals import read_sealed, write_sealed
+from dmd_jax.storage.weights import load_weights, params_sha256
 
 
 def argument(tiny, name):

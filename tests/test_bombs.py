@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 IMAGES = "from dmd_jax.data.images import open_images"
 PROMPTS = "import pyarrow.parquet\nfrom dmd_jax.data.prompt_rows import PromptRows"
-LATENTS = "from dmd_jax.sample_files import read_latents\nfrom pathlib import Path"
+LATENTS = "from dmd_jax.reporting.sample_files import read_latents\nfrom pathlib import Path"
 STATISTICS = "from pathlib import Path\nfrom dmd_jax.evaluation.reference import load_statistics"
 STATES = "from dmd_jax.convert.torch_file import load_state_dict"
 LARGE = 600 << 20  # bytes, more than what a refusal may take
@@ -244,7 +244,7 @@ def no_regular_file(kind, path):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_weights_folder_with_something_else_than_files_does_not_hang(tmp_path, kind, name):
     from dmd_jax.errors import UserError
-    from dmd_jax.weights import load_weights, packaged
+    from dmd_jax.storage.weights import load_weights, packaged
 
     for file in packaged("digits_teacher").iterdir():
         (tmp_path / file.name).symlink_to(file)

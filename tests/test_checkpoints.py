@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax import checkpoints
 from dmd_jax.errors import UserError
-from dmd_jax.optimizers import AdamW, adamw
-from dmd_jax.sharding import make_mesh, replicated, with_shardings
-from dmd_jax.state import former_layout, train_state
+from dmd_jax.objectives.optimizers import AdamW, adamw
+from dmd_jax.parallel.sharding import make_mesh, replicated, with_shardings
+from dmd_jax.storage import checkpoints
+from dmd_jax.training.state import former_layout, train_state
 
 
 def test_what_another_process_cannot_read_is_not_used_here(tmp_path, monkeypatch, caplog):

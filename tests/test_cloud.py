@@ -13,17 +13,17 @@ from commands import ROOT, TINY, fails, finish, start, succeeds
 from PIL import Image
 from stand_in_gcs import PAGE
 
-from dmd_jax.auxiliary import LPIPS, load_auxiliary
-from dmd_jax.checkpoints import Checkpoints
-from dmd_jax.data.pairs import PairSource
-from dmd_jax.data.prompts import PromptSource
+from dmd_jax.data.pair_shards import PairSource
+from dmd_jax.data.prompt_shards import PromptSource
 from dmd_jax.errors import UserError
-from dmd_jax.files import local_path, path_of, replacing, write_json, write_whole
-from dmd_jax.local_copies import local_copy, local_folder
-from dmd_jax.metrics import MetricsWriter, read_metrics
-from dmd_jax.profiling import Profile
+from dmd_jax.reporting.metrics import MetricsWriter, read_metrics
+from dmd_jax.reporting.profiling import Profile
+from dmd_jax.storage.bucket_copies import local_copy, local_folder
+from dmd_jax.storage.checkpoints import Checkpoints
+from dmd_jax.storage.files import local_path, path_of, replacing, write_json, write_whole
+from dmd_jax.storage.judge_weights import LPIPS, load_auxiliary
+from dmd_jax.storage.weights import load_weights
 from dmd_jax.teachers.families import load_pipeline
-from dmd_jax.weights import load_weights
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_lines_and_events_reach_the_bucket_at_checkpoints(gcs, folder):
 
 
 def test_lines_are_written_at_most_twice_a_minute(gcs, folder, monkeypatch):
-    from dmd_jax import metrics
+    from dmd_jax.reporting import metrics
 
     clock = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])

@@ -7,12 +7,12 @@ import numpy as np
 from commands import TINY, succeeds
 from PIL import Image
 
-from dmd_jax import samplers
-from dmd_jax.data.pairs import PairSource
-from dmd_jax.metrics import read_metrics
+from dmd_jax.data.pair_shards import PairSource
+from dmd_jax.method import samplers
+from dmd_jax.method.schedules import NoiseSchedule
 from dmd_jax.models import build_denoiser
-from dmd_jax.schedules import NoiseSchedule
-from dmd_jax.weights import load_weights, params_sha256
+from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.storage.weights import load_weights, params_sha256
 
 
 def folder_of(tiny, name):

@@ -6,8 +6,8 @@ import sys
 import pytest
 from commands import TINY, fails, finish, start
 
-from dmd_jax.compilation import topology
-from dmd_jax.compilation.hlo import COLLECTIVES
+from dmd_jax.performance.compilation import topology
+from dmd_jax.performance.compilation.hlo import COLLECTIVES
 
 BATCHES = ("--config.batch_size=16", "--config.objective.regression_batch_size=16")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dmd_jax.errors import UserError
+from dmd_jax.method.schedules import NoiseLevel, NoiseSchedule, edm_level
 from dmd_jax.models import build_denoiser, complete, discrete_denoiser, edm_denoiser, guided
-from dmd_jax.schedules import NoiseLevel, NoiseSchedule, edm_level
 
 SIGMA = np.array([0.002, 0.5, 80.0])
 MLP = {"name": "mlp", "dim": 2, "width": 8, "depth": 1}

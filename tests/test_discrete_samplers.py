@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax.discrete_samplers import ddim, dpm_solver_pp, pndm, unipc
 from dmd_jax.errors import UserError
-from dmd_jax.samplers import one_step
-from dmd_jax.schedules import NoiseSchedule
+from dmd_jax.method.discrete_samplers import ddim, dpm_solver_pp, pndm, unipc
+from dmd_jax.method.samplers import one_step
+from dmd_jax.method.schedules import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 SAMPLERS = {"ddim": ddim, "pndm": pndm, "dpm++": dpm_solver_pp, "unipc": unipc}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_discrete_samplers import SAMPLERS, SCHEDULE, normal
 
-from dmd_jax.discrete_samplers import SPACINGS, _timesteps
 from dmd_jax.errors import UserError
+from dmd_jax.method.discrete_samplers import SPACINGS, _timesteps
 from dmd_jax.models import build_denoiser, build_network, discrete_denoiser, guided
 
 # The schedulers' own code reads torch tensors in a way that NumPy is about to give up.

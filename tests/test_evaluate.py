@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from commands import fails, finish, free_port, start, succeeds
 
-from dmd_jax import evaluate as module
-from dmd_jax import samplers
-from dmd_jax.cli import main
+from dmd_jax.commands import evaluate as module
+from dmd_jax.commands.cli import main
 from dmd_jax.data.images import open_images
 from dmd_jax.evaluation import samples as samples_module
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance
 from dmd_jax.evaluation.kernel_distance import kernel_distance
 from dmd_jax.evaluation.precision_recall import precision_recall
+from dmd_jax.method import samplers
+from dmd_jax.method.schedules import NoiseSchedule
 from dmd_jax.models import build_denoiser, complete
 from dmd_jax.sampling.draws import draw_labels, draw_latents
-from dmd_jax.schedules import NoiseSchedule
-from dmd_jax.weights import load_weights
+from dmd_jax.storage.weights import load_weights
 
 PLUG = """
 import numpy as np

@@ -11,12 +11,12 @@ from commands import fails, finish, free_port, start, succeeds
 from diffusers_folder import write_folder
 from PIL import Image
 
-from dmd_jax import arguments
-from dmd_jax.cli import main
+from dmd_jax.commands import arguments
+from dmd_jax.commands.cli import main
 from dmd_jax.evaluation import samples as samples_module
 from dmd_jax.evaluation.clip_score import ClipScore, score
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance
-from dmd_jax.tokenizer import load_tokenizer
+from dmd_jax.teachers.tokenizer import load_tokenizer
 
 SIZE, RESIZE, COUNT = 64, 24, 40
 PLUG = """

@@ -13,10 +13,10 @@ from commands import fails, succeeds
 from diffusers_folder import PARTS, UNET_V2, save_pipeline, state_dict, write_json
 from safetensors.numpy import load_file
 
-from dmd_jax.checkpoints import Checkpoints
 from dmd_jax.convert.torch_layout import from_torch, torch_key
 from dmd_jax.models import abstract_params, build_denoiser, build_network, complete
-from dmd_jax.weights import Weights, load_weights, save_weights
+from dmd_jax.storage.checkpoints import Checkpoints
+from dmd_jax.storage.weights import Weights, load_weights, save_weights
 
 V1 = PARTS["unet"][0]
 V2 = V1 | UNET_V2 | {"prediction_type": "v_prediction"}

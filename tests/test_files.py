@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dmd_jax.errors import UserError
-from dmd_jax.files import local_path, path_of, replacing, write_json, write_whole
+from dmd_jax.storage.files import local_path, path_of, replacing, write_json, write_whole
 
 
 def test_a_failure_keeps_what_was_there(tmp_path):

@@ -6,8 +6,8 @@ import jax
 import pytest
 from commands import fails, finish, start, succeeds
 
-from dmd_jax.flags import EXPECTED, fall_back, rounding_flags
-from dmd_jax.weights import packaged
+from dmd_jax.parallel.flags import EXPECTED, fall_back, rounding_flags
+from dmd_jax.storage.weights import packaged
 
 # A value of each that is not the expected one.
 OTHER = {

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from dmd_jax.flops import count_flops
-from dmd_jax.models.attention import at_once, attend
-from dmd_jax.sharding import make_mesh
+from dmd_jax.models.ops.attention import at_once, attend
+from dmd_jax.parallel.sharding import make_mesh
+from dmd_jax.performance.flops import count_flops
 
 
 def array(*shape):

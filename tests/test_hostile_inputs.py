@@ -11,12 +11,12 @@ import pytest
 from hostile_inputs import IMAGE, KINDS, every_image, latents, table, within_limits
 from safetensors import safe_open
 
-from dmd_jax.convert.strict import check_floating
 from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.data.prompt_rows import PromptRows
 from dmd_jax.errors import UserError
-from dmd_jax.seals import read_sealed
-from dmd_jax.weights import load_weights
+from dmd_jax.storage.seals import read_sealed
+from dmd_jax.storage.strict import check_floating
+from dmd_jax.storage.weights import load_weights
 
 CHANGES = [f"cut {part}" for part in (1, 3, 5, 7)] + [f"bytes {seed}" for seed in range(8)]
 CHANGES += ["magic", "empty", "pointer", "page", "link", "pipe", "nesting", "numbers", "zeros"]

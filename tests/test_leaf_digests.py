@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dmd_jax.leaf_digests import leaf_digests
-from dmd_jax.sharding import make_mesh
+from dmd_jax.parallel.sharding import make_mesh
+from dmd_jax.storage.leaf_digests import leaf_digests
 
 TYPES = ("float32", "int32", "uint32", "int8", "bool", "float16", ml_dtypes.bfloat16)
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax import losses
-from dmd_jax.schedules import NoiseLevel, NoiseSchedule, forward_diffusion, score
-from dmd_jax.sharding import make_mesh
+from dmd_jax.method import losses
+from dmd_jax.method.schedules import NoiseLevel, NoiseSchedule, forward_diffusion, score
+from dmd_jax.parallel.sharding import make_mesh
 
 
 @pytest.fixture

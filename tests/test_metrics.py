@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dmd_jax import metrics
+from dmd_jax.reporting import metrics
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_wheel_metadata(wheel, metadata):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
     scripts = wheel.read("dmd_jax-0.1.0.dist-info/entry_points.txt").decode()
-    assert scripts.split("\n")[:2] == ["[console_scripts]", "dmd-jax = dmd_jax.cli:main"]
+    assert scripts.split("\n")[:2] == ["[console_scripts]", "dmd-jax = dmd_jax.commands.cli:main"]
 
 
 def test_what_is_imported_is_what_is_required(metadata):

@@ -8,12 +8,12 @@ import pytest
 from commands import fails, succeeds
 from once import once
 
-from dmd_jax.auxiliary import LPIPS, load_auxiliary, save_auxiliary
 from dmd_jax.config import default_config
+from dmd_jax.distillation.from_config import distance_of, lpips_of
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import distance_of, lpips_of
-from dmd_jax.metrics import read_metrics
-from dmd_jax.weights import load_weights, params_sha256
+from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.storage.judge_weights import LPIPS, load_auxiliary, save_auxiliary
+from dmd_jax.storage.weights import load_weights, params_sha256
 
 COLOUR, GREY = (32, 32, 3), (8, 8, 1)
 

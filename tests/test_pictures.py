@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dmd_jax.errors import UserError
-from dmd_jax.pictures import grid, png_bytes, save_png, signed, to_uint8
+from dmd_jax.reporting.pictures import grid, png_bytes, save_png, signed, to_uint8
 
 
 def test_bytes_follow_edms_rule():

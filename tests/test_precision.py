@@ -15,22 +15,22 @@ from diffusers_folder import TAESD, TEXT, UNET, UNET_V2, VAE
 from jax import lax
 from products import products_of
 
-from dmd_jax import samplers
 from dmd_jax.config import load_config
 from dmd_jax.distillation.program import abstract_program
 from dmd_jax.errors import UserError
+from dmd_jax.method import samplers
+from dmd_jax.method.precision import both_ways
+from dmd_jax.method.schedules import NoiseLevel
 from dmd_jax.models import abstract_params, build_denoiser, build_network
-from dmd_jax.models.inception import class_logits, inception_template, pool3
-from dmd_jax.models.lpips import lpips, lpips_template, vgg16_features
+from dmd_jax.models.judges.inception import class_logits, inception_template, pool3
+from dmd_jax.models.judges.lpips import lpips, lpips_template, vgg16_features
 from dmd_jax.models.registry import _NETWORKS
 from dmd_jax.objectives import Denoising, denoising
-from dmd_jax.optimizers import AdamW, adamw
-from dmd_jax.precision import both_ways
-from dmd_jax.schedules import NoiseLevel
-from dmd_jax.sharding import make_mesh
+from dmd_jax.objectives.optimizers import AdamW, adamw
+from dmd_jax.parallel.sharding import make_mesh
 from dmd_jax.teachers.edm import edm_teacher
 from dmd_jax.teachers.stable_diffusion import STABLE_DIFFUSION
-from dmd_jax.train_step import initial_state, make_train_step
+from dmd_jax.training.train_step import initial_state, make_train_step
 
 TINY = str(Path(__file__).parent / "configs" / "tiny.py")
 TEXT_CONFIG = str(Path(__file__).parents[1] / "configs" / "sd15_tiny.py")

@@ -7,7 +7,7 @@ import pytest
 from commands import TINY, succeeds
 from PIL import Image
 
-from dmd_jax import quickstart
+from dmd_jax.commands import quickstart
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from dmd_jax.pictures import png_bytes
-from dmd_jax.report import write_report
+from dmd_jax.reporting.pictures import png_bytes
+from dmd_jax.reporting.report import write_report
 
 RESULTS = {
     "fd": {"teacher_heun18": 0.08, "teacher_one_step": 4.4988, "generator": 0.1304},

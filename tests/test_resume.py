@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from commands import fails, finish, start, succeeds
 
-from dmd_jax.metrics import read_metrics
-from dmd_jax.weights import load_weights
+from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.storage.weights import load_weights
 
 STEPS = "--config.steps=60"
 OFTEN = ("--config.checkpoint_every=5", "--config.log_every=1", "--config.picture_every=60")

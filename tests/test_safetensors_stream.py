@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dmd_jax.errors import UserError
-from dmd_jax.safetensors_stream import write_safetensors
+from dmd_jax.storage.safetensors_stream import write_safetensors
 
 TYPES = [
     *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8"),

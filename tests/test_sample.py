@@ -9,11 +9,11 @@ from commands import fails, finish, start, succeeds
 from PIL import Image
 from small_tokenizer import END, small_vocab, write_tokenizer
 
-from dmd_jax.pictures import to_uint8
+from dmd_jax.reporting.pictures import to_uint8
 from dmd_jax.sampling.draws import draw_latents
 from dmd_jax.sampling.maker import ImageMaker
+from dmd_jax.storage.weights import packaged
 from dmd_jax.teachers.families import load_pipeline
-from dmd_jax.weights import packaged
 
 PROMPTS = ["a photo of the cat", "the red dog's cat"]
 

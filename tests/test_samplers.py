@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from dmd_jax.errors import UserError
-from dmd_jax.samplers import euler, heun, one_step
-from dmd_jax.schedules import NoiseSchedule
+from dmd_jax.method.samplers import euler, heun, one_step
+from dmd_jax.method.schedules import NoiseSchedule
 
 MEAN, STD = 0.3, 0.5  # of the Gaussian data whose denoiser is exact
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax.schedules import (
+from dmd_jax.method.schedules import (
     NoiseLevel,
     NoiseSchedule,
     edm_level,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dmd_jax.errors import UserError
-from dmd_jax.seals import read_sealed, write_sealed
+from dmd_jax.storage.seals import read_sealed, write_sealed
 
 CONTENT = {"b": [1, 2.5, None], "a": {"text": "é", "flag": True}}
 

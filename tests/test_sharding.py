@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dmd_jax import sharding
 from dmd_jax.errors import UserError
+from dmd_jax.parallel import sharding
 
 
 def spec_of(shape, mesh, rules=sharding.DEFAULT_RULES):

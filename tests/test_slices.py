@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dmd_jax.errors import UserError
-from dmd_jax.sharding import make_mesh
+from dmd_jax.parallel.sharding import make_mesh
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def test_devices_without_slices_are_laid_out_in_their_order():
 def test_the_slices_of_the_tpu_compiler_are_laid_out_alike():
     script = """if True:
         import json
-        from dmd_jax.compilation.topology import devices_of
-        from dmd_jax.sharding import make_mesh
+        from dmd_jax.performance.compilation.topology import devices_of
+        from dmd_jax.parallel.sharding import make_mesh
         mesh = make_mesh(4, 8, devices=devices_of("v5e:4x4", 2))
         rows = mesh.devices.reshape(4, 8)
         print(json.dumps([[[chip.slice_index, *chip.coords] for chip in row] for row in rows]))

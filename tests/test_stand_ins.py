@@ -5,7 +5,7 @@ import os
 import pytest
 
 from dmd_jax.errors import UserError
-from dmd_jax.stand_ins import check_real_file
+from dmd_jax.storage.real_files import check_real_file
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12\n".encode()
 

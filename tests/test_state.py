@@ -11,8 +11,8 @@ from commands import TINY
 from dmd_jax.config import load_config
 from dmd_jax.distillation import optimizers_of
 from dmd_jax.errors import UserError
-from dmd_jax.optimizers import AdamW, adamw, warmup
-from dmd_jax.state import (
+from dmd_jax.objectives.optimizers import AdamW, adamw, warmup
+from dmd_jax.training.state import (
     Role,
     apply_gradients,
     former_layout,

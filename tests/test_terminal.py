@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from commands import fails
 
-from dmd_jax.cli import COMMANDS
-from dmd_jax.terminal import escaped, one_line
+from dmd_jax.commands.cli import COMMANDS
+from dmd_jax.reporting.terminal import escaped, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 DMD = f"{sys.executable} -m dmd_jax"

@@ -17,7 +17,7 @@ import pytest
 from small_tokenizer import END, MERGES, VOCAB_SIZE, small_vocab, write_tokenizer
 
 from dmd_jax.errors import UserError
-from dmd_jax.tokenizer import load_tokenizer
+from dmd_jax.teachers.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 START_ID, END_ID = VOCAB_SIZE - 2, VOCAB_SIZE - 1
@@ -165,7 +165,7 @@ def test_nothing_is_printed_downloaded_or_needed_of_pytorch(folder):
         "sys.modules['torch'] = None\n"  # an import of it fails
         "def refuse(*args, **kwargs): raise AssertionError('the network')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "from dmd_jax.tokenizer import load_tokenizer\n"
+        "from dmd_jax.teachers.tokenizer import load_tokenizer\n"
         "print(load_tokenizer(sys.argv[1]).encode(['cat'])[0, :3].tolist())\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS"))}

@@ -8,12 +8,12 @@ import pytest
 from commands import ROOT, fails, succeeds
 from PIL import Image
 
+from dmd_jax.commands.toy import OBJECTIVES
+from dmd_jax.commands.toy_problem import make_plane, measure
 from dmd_jax.config import load_config
-from dmd_jax.metrics import read_metrics
 from dmd_jax.objectives import DMD
-from dmd_jax.plane import make_plane, measure
-from dmd_jax.toy import OBJECTIVES
-from dmd_jax.train_step import initial_state
+from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.training.train_step import initial_state
 
 CONFIG = ROOT / "configs" / "toy2d.py"
 # Half the configuration's steps: the outcomes are there already.

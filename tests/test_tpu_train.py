@@ -17,7 +17,7 @@ import pytest
 from commands import ROOT, TINY, free_port
 from stand_in_gcloud import Cloud
 
-from dmd_jax.metrics import read_metrics
+from dmd_jax.reporting.metrics import read_metrics
 
 ENV = shutil.which("env")
 SCRIPT = ROOT / "launch" / "tpu_train.sh"

@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 from dmd_jax.errors import UserError
 from dmd_jax.models import abstract_params, build_denoiser
-from dmd_jax.seals import read_sealed, write_sealed
-from dmd_jax.sharding import AXES, infer_shardings, make_mesh, place, to_host
-from dmd_jax.weights import (
+from dmd_jax.parallel.sharding import AXES, infer_shardings, make_mesh, place, to_host
+from dmd_jax.storage.seals import read_sealed, write_sealed
+from dmd_jax.storage.weights import (
     Weights,
     denoiser_of,
     load_weights,
@@ -213,7 +213,7 @@ def test_sharded_parameters_are_written_leaf_by_leaf(tmp_path, monkeypatch, mesh
         asked.append(whole.nbytes)
         return whole
 
-    monkeypatch.setattr("dmd_jax.weights.to_host", watched)
+    monkeypatch.setattr("dmd_jax.storage.weights.to_host", watched)
     save_from_devices(tmp_path / "devices", weights._replace(params=placed))
     for name in ("model.safetensors", "config.json"):
         expected = (tmp_path / "host" / name).read_bytes()

@@ -12,16 +12,16 @@ import pytest
 from commands import ROOT, fails, finish, start
 from stand_in_gcs import Gcs, serving
 
-from dmd_jax import workdir_lock
 from dmd_jax.errors import UserError
-from dmd_jax.files import path_of
-from dmd_jax.metrics import read_metrics
-from dmd_jax.workdir_lock import locked
+from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.storage import workdir_lock
+from dmd_jax.storage.files import path_of
+from dmd_jax.storage.workdir_lock import locked
 
 HOLD = """
 import sys, time
 from dmd_jax import workdir_lock
-from dmd_jax.files import path_of
+from dmd_jax.storage.files import path_of
 workdir_lock._REFRESH_SECONDS = 0.2
 with workdir_lock.locked(path_of(sys.argv[1])):
     print("held", flush=True)

@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 
-from dmd_jax.arguments import add_process_arguments
+from dmd_jax.commands.arguments import add_process_arguments
 from dmd_jax.parallel import processes
 from dmd_jax.parallel.stopping import stop_requests
 

@@ -16,8 +16,8 @@ FID that the paper gives (50,000 samples):
 The paper does not say whether the regression weight was another for l2; it stays 0.25 here.
 """
 
-from dmd_jax.ablations import apply_row
 from dmd_jax.config import load_config, shipped_config
+from dmd_jax.distillation.ablations import apply_row
 
 
 def get_config(row=""):

@@ -17,8 +17,8 @@ The paper lowers the learning rate of its runs without regression to 1e-5. Image
 below that already and stays.
 """
 
-from dmd_jax.ablations import apply_row
 from dmd_jax.config import load_config, shipped_config
+from dmd_jax.distillation.ablations import apply_row
 
 
 def get_config(row=""):

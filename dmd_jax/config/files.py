@@ -24,10 +24,10 @@ from dmd_jax.config.checks import (
 from dmd_jax.config.moved import drop_gone, place_of, places, with_places
 from dmd_jax.config.parts import OBJECTIVE, run_defaults
 from dmd_jax.errors import UserError
-from dmd_jax.files import local_path
 from dmd_jax.objectives import KINDS
-from dmd_jax.seals import read_sealed, write_sealed
-from dmd_jax.stand_ins import check_real_file, is_there
+from dmd_jax.storage.files import local_path
+from dmd_jax.storage.real_files import check_real_file, is_there
+from dmd_jax.storage.seals import read_sealed, write_sealed
 
 # Of config.json's form, for readers to come.
 SCHEMA = 2  # 1: before a config had parts

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from dmd_jax.method.precision import PRECISIONS
 from dmd_jax.models import DTYPES
-from dmd_jax.models.remat import REMATS
+from dmd_jax.models.ops.remat import REMATS
 from dmd_jax.objectives import KINDS, Denoising
-from dmd_jax.optimizers import AdamW
+from dmd_jax.objectives.optimizers import AdamW
 from dmd_jax.options import defaults_of, option
-from dmd_jax.precision import PRECISIONS
-from dmd_jax.text_parts import DECODERS
+from dmd_jax.teachers.text_parts import DECODERS
 
 OBJECTIVE = "dmd"  # of a config that names none
 
@@ -116,9 +116,9 @@ class Run:
     # The type that networks compute in, LPIPS's VGG16 as well. Parameters and losses are float32.
     compute_dtype: str = option("float32", choices=tuple(DTYPES))
     # Of float32 products: highest is float32 on every device; high and default are faster on TPU
-    # and GPU, and coarser (see dmd_jax.precision).
+    # and GPU, and coarser (see dmd_jax.method.precision).
     matmul_precision: str = option("highest", choices=PRECISIONS)
-    # What a U-Net computes again, for memory (see models.remat).
+    # What a U-Net computes again, for memory (see models.ops.remat).
     remat: str = option("none", choices=REMATS, may_change=True)
 
     teacher: Teacher = option(factory=Teacher)

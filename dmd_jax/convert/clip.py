@@ -15,7 +15,6 @@ import flax.traverse_util
 
 from dmd_jax.convert.clip_config import preparation_from_config, towers_from_config
 from dmd_jax.convert.diffusers import TOKENIZER_FILES, files_sha256, tokenizer_files
-from dmd_jax.convert.given_folder import GivenFolder, find_folder
 from dmd_jax.convert.meter import Meter
 from dmd_jax.convert.part import Part
 from dmd_jax.convert.part_weights import (
@@ -25,15 +24,16 @@ from dmd_jax.convert.part_weights import (
     has_weights,
     weight_patterns,
 )
-from dmd_jax.convert.strict import check_names_and_shapes
 from dmd_jax.convert.torch_layout import torch_key, torch_shape
 from dmd_jax.convert.whole_folder import converted, copy_files, resolved, whole_folder
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation.clip_folder import CLIP_FILE, TEXT, TOKENIZER, Preparation
-from dmd_jax.files import local_path
 from dmd_jax.models import abstract_params
-from dmd_jax.seals import write_sealed
-from dmd_jax.weights import Weights, save_leaves
+from dmd_jax.storage.files import local_path
+from dmd_jax.storage.given_folder import GivenFolder, find_folder
+from dmd_jax.storage.seals import write_sealed
+from dmd_jax.storage.strict import check_names_and_shapes
+from dmd_jax.storage.weights import Weights, save_leaves
 
 _CONFIG, _SCALE = "config.json", "logit_scale"
 _PROJECTIONS = {"text": "text_projection.", "vision": "visual_projection."}

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from dmd_jax.convert.diffusers_config import SCHEDULERS, schedule_from_config
-from dmd_jax.convert.given_folder import GivenFolder, find_folder
 from dmd_jax.convert.meter import Meter
 from dmd_jax.convert.part import read_part
 from dmd_jax.convert.part_weights import DIFFUSERS, TRANSFORMERS, has_weights, weight_patterns
 from dmd_jax.convert.whole_folder import converted, copy_files, resolved, whole_folder
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.files import file_sha256, local_path
-from dmd_jax.seals import write_sealed
+from dmd_jax.storage.files import file_sha256, local_path
+from dmd_jax.storage.given_folder import GivenFolder, find_folder
 from dmd_jax.storage.safe_pickle import shown
-from dmd_jax.tokenizer import read_files
-from dmd_jax.weights import Weights, save_leaves
+from dmd_jax.storage.seals import write_sealed
+from dmd_jax.storage.weights import Weights, save_leaves
+from dmd_jax.teachers.tokenizer import read_files
 
 _INDEX, _CONFIG = "model_index.json", "config.json"
 _PIPELINE = "StableDiffusionPipeline"

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dmd_jax.discrete_samplers import SPACINGS
 from dmd_jax.errors import UserError
+from dmd_jax.method.discrete_samplers import SPACINGS
 from dmd_jax.models import build_network, complete
 from dmd_jax.storage.safe_pickle import shown
 

@@ -17,16 +17,16 @@ from safetensors import SafetensorError, safe_open
 from dmd_jax.config import load_config
 from dmd_jax.convert.edm_pickle import CLASS, read_edm_pickle
 from dmd_jax.convert.meter import Meter
-from dmd_jax.convert.strict import check_floating, check_names_and_shapes
 from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.convert.torch_layout import from_torch, torch_key, torch_shape
 from dmd_jax.convert.whole_folder import converted, resolved, whole_folder
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.files import file_sha256, local_path
 from dmd_jax.models import abstract_params, build_denoiser, complete
-from dmd_jax.stand_ins import check_real_file
+from dmd_jax.storage.files import file_sha256, local_path
+from dmd_jax.storage.real_files import check_real_file
 from dmd_jax.storage.safe_pickle import shown
-from dmd_jax.weights import Weights, save_weights
+from dmd_jax.storage.strict import check_floating, check_names_and_shapes
+from dmd_jax.storage.weights import Weights, save_weights
 
 _NETWORKS = {"SongUNet": "songunet", "DhariwalUNet": "dhariwal"}
 # Of EDMPrecond's keyword arguments, those that do not change what the network computes when it

@@ -18,8 +18,8 @@ import numpy as np
 
 from dmd_jax.convert.torch_tensors import TENSORS, Storage, Tensor, arrays_of, read_legacy
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.stand_ins import check_real_file
 from dmd_jax.storage.pickled_arrays import NUMPY
+from dmd_jax.storage.real_files import check_real_file
 from dmd_jax.storage.safe_pickle import load, shown
 
 CLASS = "EDMPrecond"

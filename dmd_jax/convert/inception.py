@@ -9,12 +9,12 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
-from dmd_jax.auxiliary import INCEPTION, check_free, save_auxiliary
-from dmd_jax.convert.strict import check_floating, check_names_and_shapes
 from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.errors import UserError
-from dmd_jax.files import file_sha256, local_path
-from dmd_jax.models.inception import CLASSES, FEATURES, inception_template
+from dmd_jax.models.judges.inception import CLASSES, FEATURES, inception_template
+from dmd_jax.storage.files import file_sha256, local_path
+from dmd_jax.storage.judge_weights import INCEPTION, check_free, save_auxiliary
+from dmd_jax.storage.strict import check_floating, check_names_and_shapes
 
 # The published file bears the beginning of its SHA-256 in its name.
 PUBLISHED_NAME = "pt_inception-2015-12-05-6726825d.pth"

@@ -12,15 +12,15 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
-from dmd_jax.auxiliary import LPIPS, check_free, check_published, save_auxiliary
-from dmd_jax.convert.strict import check_floating, check_names_and_shapes
 from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.files import file_sha256, local_path
-from dmd_jax.models.lpips import BLOCKS, lpips_template
-from dmd_jax.stand_ins import check_real_file
+from dmd_jax.models.judges.lpips import BLOCKS, lpips_template
 from dmd_jax.storage import safe_pickle
+from dmd_jax.storage.files import file_sha256, local_path
+from dmd_jax.storage.judge_weights import LPIPS, check_free, check_published, save_auxiliary
 from dmd_jax.storage.pickled_arrays import NUMPY, PickledArray
+from dmd_jax.storage.real_files import check_real_file
+from dmd_jax.storage.strict import check_floating, check_names_and_shapes
 
 # Which of torchvision's `features` are VGG16's convolutions; the others are activations and pools.
 _TORCHVISION = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)

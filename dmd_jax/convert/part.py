@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from dmd_jax.convert.diffusers_config import KINDS, network_from_config
-from dmd_jax.convert.given_folder import GivenFolder
 from dmd_jax.convert.part_weights import Tensors, find_weights
-from dmd_jax.convert.strict import check_names_and_shapes
 from dmd_jax.convert.torch_layout import from_torch, torch_key, torch_shape
 from dmd_jax.errors import UserError
 from dmd_jax.models import abstract_params
+from dmd_jax.storage.given_folder import GivenFolder
+from dmd_jax.storage.strict import check_names_and_shapes
 
 _CONFIG = "config.json"
 # Of CLIP: a prefix that not all files have, and the buffer of 0, 1, 2, … that older ones have.

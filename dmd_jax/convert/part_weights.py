@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dmd_jax.convert.given_folder import GivenFolder
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.stand_ins import check_real_file
+from dmd_jax.storage.given_folder import GivenFolder
+from dmd_jax.storage.real_files import check_real_file
 from dmd_jax.storage.safe_pickle import shown
 
 # Stems of the files' names: of diffusers' networks, and of transformers'.

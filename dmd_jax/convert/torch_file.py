@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from dmd_jax.convert.torch_tensors import TENSORS, Storages, Tensor, arrays_of, read_legacy
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.stand_ins import check_real_file
+from dmd_jax.storage.real_files import check_real_file
 from dmd_jax.storage.safe_pickle import load, shown
-from dmd_jax.untrusted import read_npz
+from dmd_jax.storage.untrusted import read_npz
 
 
 def load_state_dict(path: str | Path) -> dict[str, np.ndarray]:

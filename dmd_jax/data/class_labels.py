@@ -11,7 +11,7 @@ import numpy as np
 
 from dmd_jax.data.image_files import LABEL_FILE, ImageFolder, ImageZip, leaves_root
 from dmd_jax.errors import UserError
-from dmd_jax.untrusted import LONGEST_JSON, parse_json
+from dmd_jax.storage.untrusted import LONGEST_JSON, parse_json
 
 
 class Labels(NamedTuple):

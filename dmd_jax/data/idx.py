@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from dmd_jax.errors import UserError
-from dmd_jax.stand_ins import check_real_file
-from dmd_jax.untrusted import check_unpacked
+from dmd_jax.storage.real_files import check_real_file
+from dmd_jax.storage.untrusted import check_unpacked
 
 _IMAGES = re.compile(r"(?P<prefix>.*)images(?P<sep>[-.])idx3-ubyte(?:\.gz)?")
 _SPLITS = {"train": "train", "test": "t10k"}

@@ -21,8 +21,8 @@ import numpy as np
 from dmd_jax.data.pixels import SUFFIXES, decode_pixels
 from dmd_jax.data.png import SIGNATURE, decode_png
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.stand_ins import check_real_file
-from dmd_jax.untrusted import read_member
+from dmd_jax.storage.real_files import check_real_file
+from dmd_jax.storage.untrusted import read_member
 
 LABEL_FILE = "dataset.json"
 LONGEST_IMAGE = 64 << 20  # bytes of a file; a picture of the most pixels fits uncompressed

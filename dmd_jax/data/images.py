@@ -18,10 +18,10 @@ from dmd_jax.data import idx
 from dmd_jax.data.image_files import ImageFolder, ImageZip
 from dmd_jax.data.sources import ArraySource, FileSource, ImageSource, PaddedSource, TfdsSource
 from dmd_jax.errors import UserError
-from dmd_jax.files import in_bucket, path_of
-from dmd_jax.local_copies import local_copy
-from dmd_jax.stand_ins import check_real_file, is_there
-from dmd_jax.untrusted import read_npz
+from dmd_jax.storage.bucket_copies import local_copy
+from dmd_jax.storage.files import in_bucket, path_of
+from dmd_jax.storage.real_files import check_real_file, is_there
+from dmd_jax.storage.untrusted import read_npz
 
 FORMS = (
     '"digits", a folder or .zip of images (PNG, JPEG, WebP, BMP, TIFF), an .npz, an idx file or a '

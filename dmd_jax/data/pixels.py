@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.stand_ins import stand_in
+from dmd_jax.storage.real_files import stand_in
 
 # What Pillow reads by decoders of its own or by libjpeg, libwebp and libtiff, without a program
 # beside it.

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.files import local_path
-from dmd_jax.stand_ins import check_real_file, is_there
+from dmd_jax.storage.files import local_path
+from dmd_jax.storage.real_files import check_real_file, is_there
 from dmd_jax.storage.safe_pickle import shown
 
 KEYS = ("caption", "text", "prompt")

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from dmd_jax.block_cache import BlockCache
 from dmd_jax.data.shard_index import BLOCK, ShardIndex, index_start, read_index
 from dmd_jax.errors import UserError
-from dmd_jax.stand_ins import stand_in
+from dmd_jax.storage.block_cache import BlockCache
+from dmd_jax.storage.real_files import stand_in
 
 if TYPE_CHECKING:  # which needs the extra [gcs]
-    from dmd_jax.buckets import BucketPath, Stored
+    from dmd_jax.storage.buckets import BucketPath, Stored
 
 LEAST_UNIT = 1 << 16  # bytes, about, of neighbours that are asked for together
 _END = 2 * BLOCK  # bytes at the end that are asked for first; mostly they hold the index

@@ -27,7 +27,6 @@ from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from dmd_jax.block_cache import shared_cache
 from dmd_jax.data.shard_labels import Shard, count_records, shards_of
 from dmd_jax.data.shard_stream import ShardStream, open_reader
 from dmd_jax.data.shards_metadata import (
@@ -37,11 +36,12 @@ from dmd_jax.data.shards_metadata import (
     read_metadata,
 )
 from dmd_jax.errors import UserError, differing, first_line
-from dmd_jax.files import in_bucket, path_of, replacing
-from dmd_jax.local_copies import local_folder
-from dmd_jax.metrics import Pace, Progress
-from dmd_jax.seals import sealed
-from dmd_jax.stand_ins import check_real_file, is_there
+from dmd_jax.reporting.metrics import Pace, Progress
+from dmd_jax.storage.block_cache import shared_cache
+from dmd_jax.storage.bucket_copies import local_folder
+from dmd_jax.storage.files import in_bucket, path_of, replacing
+from dmd_jax.storage.real_files import check_real_file, is_there
+from dmd_jax.storage.seals import sealed
 
 log = logging.getLogger(__name__)
 

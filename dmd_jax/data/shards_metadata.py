@@ -7,8 +7,8 @@ import os
 from typing import ClassVar, TypeVar
 
 from dmd_jax.errors import UserError
-from dmd_jax.files import path_of
-from dmd_jax.seals import digest, read_sealed
+from dmd_jax.storage.files import path_of
+from dmd_jax.storage.seals import digest, read_sealed
 
 METADATA_FILE = "metadata.json"
 MAX_SHARDS = 100_000  # a shard's name has five digits

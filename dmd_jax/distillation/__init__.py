@@ -10,30 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dmd_jax import samplers, state
 from dmd_jax.config import settings_of, stages_of
-from dmd_jax.data.pairs import PairSource
+from dmd_jax.data.pair_shards import PairSource
 from dmd_jax.data.pairs_metadata import TextPairsMetadata
-from dmd_jax.distillation.setting import Method, Setting
-from dmd_jax.distillation.text import Text, decoder_names, load_text, null_condition
-from dmd_jax.errors import UserError
-from dmd_jax.experiment import (
+from dmd_jax.distillation.from_config import (
     check_same_network,
     computation_of,
     distance_of,
     fake_weight_of,
     lpips_of,
 )
+from dmd_jax.distillation.setting import Method, Setting
+from dmd_jax.distillation.text import Text, decoder_names, load_text, null_condition
+from dmd_jax.errors import UserError
+from dmd_jax.method import samplers
+from dmd_jax.method.types import Params
 from dmd_jax.models import guided
-from dmd_jax.models.lpips import lpips_template
+from dmd_jax.models.judges.lpips import lpips_template
 from dmd_jax.objectives import KINDS, Networks, Objective
-from dmd_jax.optimizers import AdamW, Optimizer, adamw
+from dmd_jax.objectives.optimizers import AdamW, Optimizer, adamw
 from dmd_jax.options import make
+from dmd_jax.storage.weights import Weights, load_weights, params_sha256
 from dmd_jax.teachers.families import family_of, networks_of
 from dmd_jax.teachers.family import abstract_frozen, abstract_tokens
 from dmd_jax.teachers.teacher import Frozen, Teacher
-from dmd_jax.types import Params
-from dmd_jax.weights import Weights, load_weights, params_sha256
+from dmd_jax.training import state
 
 # Columns of a picture: for images up to 64 pixels, and for larger ones.
 COLUMNS, LARGE_COLUMNS = 10, 4

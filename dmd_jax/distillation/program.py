@@ -12,14 +12,20 @@ from ml_collections import ConfigDict
 
 from dmd_jax.config import stages_of
 from dmd_jax.distillation import method_of
+from dmd_jax.distillation.from_config import abstract_state, shardings_of
 from dmd_jax.distillation.setting import Method
-from dmd_jax.experiment import abstract_state, shardings_of
-from dmd_jax.flops import count_flops
-from dmd_jax.models.attention import at_once
-from dmd_jax.sharding import infer_shardings, make_mesh, on_rows, replicated, with_shardings
+from dmd_jax.method.types import Params
+from dmd_jax.models.ops.attention import at_once
+from dmd_jax.parallel.sharding import (
+    infer_shardings,
+    make_mesh,
+    on_rows,
+    replicated,
+    with_shardings,
+)
+from dmd_jax.performance.flops import count_flops
 from dmd_jax.teachers.teacher import Frozen
-from dmd_jax.train_step import Step, initial_state, jit_step, make_train_step
-from dmd_jax.types import Params
+from dmd_jax.training.train_step import Step, initial_state, jit_step, make_train_step
 
 # Frozen parts that every device holds whole: they are small beside what they are asked for.
 WHOLE = ("decoders", "lpips")

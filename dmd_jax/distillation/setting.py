@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from dmd_jax.data.loader import Together, batches
 from dmd_jax.data.sources import ClassNames
+from dmd_jax.method.types import Params
 from dmd_jax.objectives import Need, Objective
-from dmd_jax.sharding import own_rows
+from dmd_jax.parallel.sharding import own_rows
 from dmd_jax.teachers.teacher import Frozen, Teacher
-from dmd_jax.types import Params
 
 # Frozen parts that encode a batch, be it in the step or before it.
 AHEAD = ("text_encoder",)

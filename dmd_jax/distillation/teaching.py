@@ -7,12 +7,12 @@ from ml_collections import ConfigDict
 
 from dmd_jax.data.images import open_images
 from dmd_jax.distillation import preview_key
+from dmd_jax.distillation.from_config import computation_of, fake_weight_of
 from dmd_jax.distillation.setting import Method, Setting
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import computation_of, fake_weight_of
 from dmd_jax.models import build_denoiser
 from dmd_jax.objectives import Denoising, Objective, denoising
-from dmd_jax.optimizers import AdamW, adamw
+from dmd_jax.objectives.optimizers import AdamW, adamw
 from dmd_jax.options import make
 from dmd_jax.teachers.edm import edm_teacher
 from dmd_jax.teachers.families import family_of

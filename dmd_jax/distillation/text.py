@@ -10,14 +10,14 @@ import jax
 from ml_collections import ConfigDict
 
 from dmd_jax.config import stages_of
-from dmd_jax.data.prompts import TokenSource
+from dmd_jax.data.prompt_shards import TokenSource
+from dmd_jax.distillation.from_config import check_same_network, prompts_of
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import check_same_network, prompts_of
 from dmd_jax.models import complete
+from dmd_jax.storage.weights import Weights, params_sha256
 from dmd_jax.teachers.teacher import Teacher
-from dmd_jax.text_parts import load_decoder, load_text_encoder, parts_folder
-from dmd_jax.tokenizer import Tokenizer, load_tokenizer
-from dmd_jax.weights import Weights, params_sha256
+from dmd_jax.teachers.text_parts import load_decoder, load_text_encoder, parts_folder
+from dmd_jax.teachers.tokenizer import Tokenizer, load_tokenizer
 
 
 class Text(NamedTuple):

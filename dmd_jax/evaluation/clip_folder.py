@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.models import complete
-from dmd_jax.seals import read_sealed
-from dmd_jax.tokenizer import Tokenizer, load_tokenizer
-from dmd_jax.weights import Weights, load_weights
+from dmd_jax.storage.seals import read_sealed
+from dmd_jax.storage.weights import Weights, load_weights
+from dmd_jax.teachers.tokenizer import Tokenizer, load_tokenizer
 
 CLIP_FILE, TEXT, TOKENIZER = "clip.json", "text_encoder", "tokenizer"
 _LARGEST = 8192  # pixels of a side

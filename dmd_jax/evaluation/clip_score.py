@@ -13,10 +13,10 @@ from PIL import Image
 
 from dmd_jax.evaluation.clip_folder import Preparation, load_clip
 from dmd_jax.evaluation.features import on_devices
+from dmd_jax.method.types import Params
 from dmd_jax.models import build_network
-from dmd_jax.models.clip_text import check_tokens
-from dmd_jax.types import Params
-from dmd_jax.weights import Weights
+from dmd_jax.models.clip.text import check_tokens
+from dmd_jax.storage.weights import Weights
 
 
 class ClipScore:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dmd_jax.data.prompt_rows import BrokenRow, PromptRows
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation.reference import evenly
-from dmd_jax.untrusted import read_json
+from dmd_jax.storage.untrusted import read_json
 
 NUM_CAPTIONS = 30_000
 _FORMS = "expected COCO's captions as .json, or a caption a line in a .txt"

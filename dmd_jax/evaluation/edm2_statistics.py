@@ -9,9 +9,9 @@ import numpy as np
 
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.evaluation.features import Features
-from dmd_jax.stand_ins import check_real_file
 from dmd_jax.storage import safe_pickle
 from dmd_jax.storage.pickled_arrays import NUMPY, PickledArray
+from dmd_jax.storage.real_files import check_real_file
 from dmd_jax.storage.safe_pickle import shown
 
 METRIC = "fid"  # of those in the file, the one whose features there are here

@@ -12,16 +12,22 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dmd_jax.auxiliary import INCEPTION, LPIPS, describe_auxiliary, how_to_make, load_auxiliary
 from dmd_jax.data.sources import bytes_to_float
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.files import file_sha256
-from dmd_jax.models.inception import PREPROCESSINGS, SIDE, class_logits, pool3
-from dmd_jax.models.lpips import vgg16_features
-from dmd_jax.models.resizing import pil_bicubic
-from dmd_jax.pictures import to_uint8
+from dmd_jax.models.judges.inception import PREPROCESSINGS, SIDE, class_logits, pool3
+from dmd_jax.models.judges.lpips import vgg16_features
+from dmd_jax.models.ops.resizing import pil_bicubic
+from dmd_jax.parallel.sharding import batch_sharding, make_mesh, place, replicated
+from dmd_jax.reporting.pictures import to_uint8
 from dmd_jax.sampling.devices import pad_rows
-from dmd_jax.sharding import batch_sharding, make_mesh, place, replicated
+from dmd_jax.storage.files import file_sha256
+from dmd_jax.storage.judge_weights import (
+    INCEPTION,
+    LPIPS,
+    describe_auxiliary,
+    how_to_make,
+    load_auxiliary,
+)
 
 BATCH_PER_DEVICE = 64
 MAX_DIMENSIONS = 20_000  # a covariance in float64 then has 3.2 GB
@@ -66,8 +72,8 @@ def feature_extractor(
         imported. That function takes images, float32 [N, H, W, C] in [-1, 1], and returns
         features [N, D]; whatever weights it needs it loads itself, once.
       inception, lpips: the files of `dmd-jax convert`, for "inception" and "vgg16".
-      preprocessing: of "inception", as `models.inception.preprocess` says; PREPROCESSING where it
-        is None.
+      preprocessing: of "inception", as `models.judges.inception.preprocess` says; PREPROCESSING
+        where it is None.
       resolution: what "vgg16" resizes images to, in pixels; 0 leaves them as they are, and None is
         RESOLUTION.
       repeat_grey: show grey images to "inception" and "vgg16" as three equal channels.

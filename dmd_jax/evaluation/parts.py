@@ -15,9 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dmd_jax.errors import UserError, differing, first_line
-from dmd_jax.files import replacing, write_json
-from dmd_jax.stand_ins import is_there
-from dmd_jax.untrusted import read_json
+from dmd_jax.storage.files import replacing, write_json
+from dmd_jax.storage.real_files import is_there
+from dmd_jax.storage.untrusted import read_json
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import argparse
 from typing import Any, NamedTuple
 
 from dmd_jax.evaluation.features import PREPROCESSING
-from dmd_jax.models.inception import PREPROCESSINGS
-from dmd_jax.pictures import BYTE_RULES
+from dmd_jax.models.judges.inception import PREPROCESSINGS
+from dmd_jax.reporting.pictures import BYTE_RULES
 
 PREFIX = "A photo depicts "  # of CLIP scores (arXiv 2104.08718)
 LABELS = ("uniform", "balanced")
@@ -21,7 +21,7 @@ LABELS = ("uniform", "balanced")
 class Conventions(NamedTuple):
     """What a protocol sets."""
 
-    preprocessing: str  # of Inception: see models.inception.preprocess
+    preprocessing: str  # of Inception: see models.judges.inception.preprocess
     bytes: str  # of pictures.BYTE_RULES
     labels: str  # of classes: "uniform", drawn; "balanced", that of image i is i modulo the classes
     clip_prefix: str  # before each caption, where images are scored against these

@@ -15,10 +15,10 @@ from dmd_jax.errors import UserError, first_line
 from dmd_jax.evaluation import edm2_statistics
 from dmd_jax.evaluation.features import Features
 from dmd_jax.evaluation.frechet import Statistics
-from dmd_jax.files import in_bucket, path_of, replacing
-from dmd_jax.local_copies import local_copy
-from dmd_jax.stand_ins import check_real_file
-from dmd_jax.untrusted import read_npz
+from dmd_jax.storage.bucket_copies import local_copy
+from dmd_jax.storage.files import in_bucket, path_of, replacing
+from dmd_jax.storage.real_files import check_real_file
+from dmd_jax.storage.untrusted import read_npz
 
 FINGERPRINTED = 1024  # images
 # Asymmetry of a covariance, against its largest value, that rounding can explain.

@@ -12,7 +12,7 @@ from dmd_jax.data.sources import bytes_to_float
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation.clip_score import ClipScore, resized
 from dmd_jax.evaluation.features import ToBytes
-from dmd_jax.pictures import to_uint8
+from dmd_jax.reporting.pictures import to_uint8
 from dmd_jax.sampling.draws import draw_latents
 from dmd_jax.sampling.maker import ImageMaker
 from dmd_jax.teachers.teacher import Tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmd_jax.denoisers import Denoiser, discrete_denoiser, edm_denoiser, guided
+from dmd_jax.method.denoisers import Denoiser, discrete_denoiser, edm_denoiser, guided
 from dmd_jax.models.building import build_denoiser
 from dmd_jax.models.registry import DTYPES, abstract_params, build_network, complete
 

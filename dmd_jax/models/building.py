@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dmd_jax.denoisers import Denoiser, discrete_denoiser, edm_denoiser
 from dmd_jax.errors import UserError
-from dmd_jax.models.mixture import mixture_denoise
+from dmd_jax.method.denoisers import Denoiser, discrete_denoiser, edm_denoiser
+from dmd_jax.method.schedules import NoiseSchedule
+from dmd_jax.models.plane.mixture import mixture_denoise
 from dmd_jax.models.registry import DENOISERS, build_network, complete, initialiser
-from dmd_jax.models.unet2d_condition import TOKENS
-from dmd_jax.schedules import NoiseSchedule
+from dmd_jax.models.stable_diffusion.unet2d_condition import TOKENS
 
 
 def build_denoiser(

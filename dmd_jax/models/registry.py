@@ -10,19 +10,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dmd_jax.denoisers import PREDICTION_TYPES
 from dmd_jax.errors import UserError
-from dmd_jax.models.autoencoder_kl import AutoencoderKL
-from dmd_jax.models.autoencoder_tiny import AutoencoderTiny
-from dmd_jax.models.clip_text import CLIPText
-from dmd_jax.models.clip_vision import CLIPVision
-from dmd_jax.models.dhariwal import DhariwalUNet
-from dmd_jax.models.mixture import GaussianMixture
-from dmd_jax.models.mlp import MLP
-from dmd_jax.models.remat import REMATS
-from dmd_jax.models.songunet import SongUNet
-from dmd_jax.models.unet2d_condition import UNet2DConditionModel
-from dmd_jax.precision import PRECISIONS
+from dmd_jax.method.denoisers import PREDICTION_TYPES
+from dmd_jax.method.precision import PRECISIONS
+from dmd_jax.models.clip.text import CLIPText
+from dmd_jax.models.clip.vision import CLIPVision
+from dmd_jax.models.edm.dhariwal import DhariwalUNet
+from dmd_jax.models.edm.songunet import SongUNet
+from dmd_jax.models.ops.remat import REMATS
+from dmd_jax.models.plane.mixture import GaussianMixture
+from dmd_jax.models.plane.mlp import MLP
+from dmd_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKL
+from dmd_jax.models.stable_diffusion.autoencoder_tiny import AutoencoderTiny
+from dmd_jax.models.stable_diffusion.unet2d_condition import UNet2DConditionModel
 
 # Options of the denoiser around a network rather than of the network: annotation and default.
 _EDM = {"sigma_data": ("float", 0.5)}
@@ -75,10 +75,10 @@ def build_network(
         ("epsilon", "v_prediction" or "sample"), and for its schedule "beta_start" (0.00085),
         "beta_end" (0.012) and "num_train_timesteps" (1000).
       dtype: "float32" or "bfloat16", what it computes in. Parameters are float32 in both.
-      precision: "highest", "high" or "default", of float32 products (see dmd_jax.precision): of all
+      precision: "highest", "high" or "default", of float32 products (see method.precision): of all
         in float32, and in bfloat16 of the few that are float32 there too.
       remat: what the backward pass computes again rather than keeps: "none", "full" or "dots"
-        (see models.remat); the last two are for U-Nets.
+        (see models.ops.remat); the last two are for U-Nets.
 
     Returns:
       A Linen module; a GaussianMixture for "gaussian_mixture", which is none.

@@ -7,13 +7,7 @@ from dmd_jax.objectives.denoising import Denoising, denoising, fake_score_loss
 from dmd_jax.objectives.dmd import DMD, dmd
 from dmd_jax.objectives.draws import Draws, draw, draw_lognormal
 from dmd_jax.objectives.matching import Networks, generator_loss, one_architecture
-from dmd_jax.objectives.objective import (
-    Need,
-    Objective,
-    Player,
-    Seen,
-    View,
-)
+from dmd_jax.objectives.objective import Need, Objective, Player, Seen, View
 
 
 class Kind(NamedTuple):

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmd_jax import losses, samplers
+from dmd_jax.method import losses, samplers
+from dmd_jax.method.schedules import NoiseLevel, forward_diffusion
+from dmd_jax.method.types import Denoise, Params
 from dmd_jax.objectives.draws import Draws, draw_lognormal
 from dmd_jax.objectives.objective import (
     Batch,
@@ -21,12 +23,10 @@ from dmd_jax.objectives.objective import (
     check_batch,
     need,
 )
-from dmd_jax.optimizers import Optimizer
+from dmd_jax.objectives.optimizers import Optimizer
 from dmd_jax.options import option
-from dmd_jax.schedules import NoiseLevel, forward_diffusion
-from dmd_jax.state import Role
 from dmd_jax.teachers.teacher import Teacher
-from dmd_jax.types import Denoise, Params
+from dmd_jax.training.state import Role
 
 _MEANINGS = {
     "x0": "clean images [B, ...]",

@@ -10,27 +10,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmd_jax import losses
 from dmd_jax.errors import UserError
+from dmd_jax.method import losses
+from dmd_jax.method.schedules import NoiseLevel, expand
+from dmd_jax.method.types import Params
 from dmd_jax.objectives.denoising import fake_score_loss
 from dmd_jax.objectives.draws import Draws, draw
 from dmd_jax.objectives.matching import Networks, generator_loss, join_pairs
-from dmd_jax.objectives.objective import (
-    Batch,
-    Keys,
-    Need,
-    Objective,
-    Player,
-    Seen,
-    View,
-    need,
-)
-from dmd_jax.optimizers import Optimizer
+from dmd_jax.objectives.objective import Batch, Keys, Need, Objective, Player, Seen, View, need
+from dmd_jax.objectives.optimizers import Optimizer
 from dmd_jax.options import option
-from dmd_jax.schedules import NoiseLevel, expand
-from dmd_jax.state import Role
 from dmd_jax.teachers.teacher import Frozen, Teacher
-from dmd_jax.types import Params
+from dmd_jax.training.state import Role
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

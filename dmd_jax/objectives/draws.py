@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmd_jax.schedules import NoiseLevel, NoiseSchedule, edm_level
+from dmd_jax.method.schedules import NoiseLevel, NoiseSchedule, edm_level
 
 
 class Draws(NamedTuple):

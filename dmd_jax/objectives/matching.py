@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmd_jax import losses, samplers
+from dmd_jax.method import losses, samplers
+from dmd_jax.method.schedules import NoiseSchedule, forward_diffusion
+from dmd_jax.method.types import Denoise, Generate, Params
 from dmd_jax.objectives.draws import Draws
 from dmd_jax.objectives.objective import check_batch
-from dmd_jax.schedules import NoiseSchedule, forward_diffusion
-from dmd_jax.types import Denoise, Generate, Params
 
 # What each key of a batch is, for an error.
 _MEANINGS = {

@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 import jax
 
 from dmd_jax.errors import UserError, first_line, shown
-from dmd_jax.parallel.agreement import check_shared, compare
 from dmd_jax.parallel.cluster import find_cluster
 from dmd_jax.parallel.lifeline import Lifeline
+from dmd_jax.parallel.same_run import check_shared, compare
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmd_jax.sharding import batch_sharding, make_mesh, place, program_for, replicated
+from dmd_jax.parallel.sharding import batch_sharding, make_mesh, place, program_for, replicated
 
 
 class LocalDevices:

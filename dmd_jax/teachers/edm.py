@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmd_jax import samplers
 from dmd_jax.errors import UserError
+from dmd_jax.method import samplers
 from dmd_jax.models import Denoiser, build_denoiser
+from dmd_jax.storage.weights import Weights, params_sha256
 from dmd_jax.teachers.family import Family, Networks, Pipeline
 from dmd_jax.teachers.teacher import Frozen, Sample, Teacher, Tokens
-from dmd_jax.weights import Weights, params_sha256
 
 _MULTI_STEP = {"heun": samplers.heun, "euler": samplers.euler}
 _SAMPLERS = ("one-step", *_MULTI_STEP)

@@ -8,11 +8,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dmd_jax.files import path_of
+from dmd_jax.storage.files import path_of
+from dmd_jax.storage.weights import Weights, load_weights
 from dmd_jax.teachers.edm import EDM
 from dmd_jax.teachers.family import Family, Networks, Pipeline
 from dmd_jax.teachers.stable_diffusion import STABLE_DIFFUSION
-from dmd_jax.weights import Weights, load_weights
 
 FAMILIES = (EDM, STABLE_DIFFUSION)
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 
 from dmd_jax.models import abstract_params
+from dmd_jax.storage.weights import Weights
 from dmd_jax.teachers.teacher import Frozen, Teacher, Tokens
-from dmd_jax.tokenizer import Tokenizer
-from dmd_jax.weights import Weights
+from dmd_jax.teachers.tokenizer import Tokenizer
 
 # Options of networks, as for models.build_network, by the names of their parameters in Frozen;
 # decoders are one deeper, by their own names.

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmd_jax import discrete_samplers, samplers
 from dmd_jax.errors import UserError
+from dmd_jax.method import discrete_samplers, samplers
+from dmd_jax.method.types import Denoise, Params
 from dmd_jax.models import (
     Denoiser,
     abstract_params,
@@ -21,19 +22,18 @@ from dmd_jax.models import (
     complete,
     guided,
 )
-from dmd_jax.models.clip_text import check_tokens
+from dmd_jax.models.clip.text import check_tokens
+from dmd_jax.storage.weights import Weights, params_sha256
 from dmd_jax.teachers.family import Family, Networks, Pipeline
 from dmd_jax.teachers.teacher import Frozen, Sample, Teacher, Tokens
-from dmd_jax.text_parts import (
+from dmd_jax.teachers.text_parts import (
     DECODERS,
     load_decoder,
     load_sampling,
     load_text_encoder,
     parts_folder,
 )
-from dmd_jax.tokenizer import load_tokenizer
-from dmd_jax.types import Denoise, Params
-from dmd_jax.weights import Weights, params_sha256
+from dmd_jax.teachers.tokenizer import load_tokenizer
 
 _NETWORK = "unet2d_condition"
 _MULTI_STEP = {

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dmd_jax.schedules import NoiseSchedule
-from dmd_jax.types import Denoise
+from dmd_jax.method.schedules import NoiseSchedule
+from dmd_jax.method.types import Denoise
 
 # What rows of data say of their images, by name: [B, ...] each.
 Tokens = Mapping[str, jax.Array]

@@ -13,7 +13,7 @@ from dmd_jax.config import load_config
 from dmd_jax.convert.torch_layout import from_torch, to_torch, torch_key, torch_shape
 from dmd_jax.models import build_denoiser
 from dmd_jax.objectives import draw
-from dmd_jax.state import Role, role_key
+from dmd_jax.training.state import Role, role_key
 
 SONGUNET = dict(
     name="songunet",
@@ -86,7 +86,7 @@ def draws_of(config, key, step: int):
     """What make_train_step draws, as torch_step.Draws."""
     import torch
 
-    from dmd_jax.benchmark.torch_step import Draws
+    from dmd_jax.performance.benchmark.torch_step import Draws
 
     denoiser = build_denoiser(config.network.to_dict())
     shape, schedule = denoiser.sample_shape, denoiser.schedule

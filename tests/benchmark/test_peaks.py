@@ -1,6 +1,6 @@
 import pytest
 
-from dmd_jax.benchmark.peaks import peak_flops
+from dmd_jax.performance.benchmark.peaks import peak_flops
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dmd_jax.benchmark.random_arrays import in_host_memory, random_batch, random_weights
 from dmd_jax.errors import UserError
-from dmd_jax.sharding import make_mesh
+from dmd_jax.parallel.sharding import make_mesh
+from dmd_jax.performance.benchmark.random_arrays import in_host_memory, random_batch, random_weights
 
 
 def test_weights_are_of_ordinary_size_and_where_they_belong():

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dmd_jax import metrics
-from dmd_jax.benchmark import rivals, timing
-from dmd_jax.benchmark.rivals import Heat, Rival, run_heat
-from dmd_jax.benchmark.table import table
+from dmd_jax.performance.benchmark import rivals, timing
+from dmd_jax.performance.benchmark.rivals import Heat, Rival, run_heat
+from dmd_jax.performance.benchmark.table import table
+from dmd_jax.reporting import metrics
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dmd_jax.benchmark.timing import in_turns, ratio, summary
+from dmd_jax.performance.benchmark.timing import in_turns, ratio, summary
 
 
 class Machine:

@@ -9,12 +9,12 @@ from diffusers_folder import VAE
 from parity import DHARIWAL, SONGUNET, drawn_weights, text_config
 from torch_weights import relative_error
 
-from dmd_jax.benchmark import own_images
 from dmd_jax.errors import UserError
+from dmd_jax.method.schedules import edm_level
 from dmd_jax.models import abstract_params, build_denoiser
-from dmd_jax.models.lpips import lpips, lpips_template
-from dmd_jax.schedules import edm_level
-from dmd_jax.sharding import make_mesh, replicated, with_shardings
+from dmd_jax.models.judges.lpips import lpips, lpips_template
+from dmd_jax.parallel.sharding import make_mesh, replicated, with_shardings
+from dmd_jax.performance.benchmark import own_images
 
 pytestmark = pytest.mark.torch
 
@@ -39,8 +39,8 @@ def drawn(shapes):
 def test_denoisers(network):
     import torch
 
-    from dmd_jax.benchmark.torch_networks import Denoiser, load_params, to_nchw
     from dmd_jax.models import complete
+    from dmd_jax.performance.benchmark.torch_networks import Denoiser, load_params, to_nchw
 
     params = drawn(abstract_params(network))
     ours = build_denoiser(network)
@@ -66,8 +66,8 @@ def test_denoisers(network):
 def test_lpips(pooling, resolution):
     import torch
 
-    from dmd_jax.benchmark.torch_lpips import LPIPS
-    from dmd_jax.benchmark.torch_networks import load_params, to_nchw
+    from dmd_jax.performance.benchmark.torch_lpips import LPIPS
+    from dmd_jax.performance.benchmark.torch_networks import load_params, to_nchw
 
     params = drawn(lpips_template())
     x, y = np.random.default_rng(0).uniform(-1, 1, (2, 2, 16, 16, 3)).astype(np.float32)
@@ -83,7 +83,7 @@ def test_lpips(pooling, resolution):
 def test_pixels_of_tokens(monkeypatch, decoder):
     import torch
 
-    from dmd_jax.benchmark.torch_images import TorchImages
+    from dmd_jax.performance.benchmark.torch_images import TorchImages
 
     monkeypatch.setattr(own_images, "random_weights", drawn_weights)
     config = text_config()
@@ -100,7 +100,7 @@ def test_pixels_of_tokens(monkeypatch, decoder):
 
 
 def test_networks_without_a_peer_are_refused():
-    from dmd_jax.benchmark.torch_networks import build_torch
+    from dmd_jax.performance.benchmark.torch_networks import build_torch
 
     with pytest.raises(UserError, match="network mlp has no peer in PyTorch; expected one of"):
         build_torch({"name": "mlp", "dim": 2})
@@ -109,7 +109,7 @@ def test_networks_without_a_peer_are_refused():
 
 
 def test_parameters_that_do_not_fit_are_refused():
-    from dmd_jax.benchmark.torch_networks import build_torch, load_params
+    from dmd_jax.performance.benchmark.torch_networks import build_torch, load_params
 
     params = jax.device_get(drawn(abstract_params(SONGUNET)))
     del params["map_layer0"]["bias"]

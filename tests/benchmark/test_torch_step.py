@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from parity import drawn_weights, draws_of, edm_config, in_torch, text_config
 
-from dmd_jax.benchmark import own_step
-from dmd_jax.sharding import make_mesh
+from dmd_jax.parallel.sharding import make_mesh
+from dmd_jax.performance.benchmark import own_step
 
 pytestmark = pytest.mark.torch
 
@@ -28,7 +28,7 @@ def both(monkeypatch):
     """Our step and its peer, with the same drawn weights and the same batch."""
     import torch
 
-    from dmd_jax.benchmark.torch_step import TorchStep
+    from dmd_jax.performance.benchmark.torch_step import TorchStep
 
     monkeypatch.setattr(own_step, "random_weights", drawn_weights)
 
@@ -147,12 +147,12 @@ def test_options_of_the_step_change_it():
     """Each option that the peer reads is one that its losses depend on."""
     import torch
 
-    from dmd_jax.benchmark.torch_losses import matching_gradient
+    from dmd_jax.performance.benchmark.torch_losses import matching_gradient
 
     x, real, fake = torch.randn(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     level = (torch.tensor([0.5, 0.9]), torch.tensor([0.8, 0.4]), torch.zeros(2))
-    from dmd_jax.losses import distribution_matching_gradient
-    from dmd_jax.schedules import NoiseLevel
+    from dmd_jax.method.losses import distribution_matching_gradient
+    from dmd_jax.method.schedules import NoiseLevel
 
     for weighting, factor in (
         ("normalized", False),

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dmd_jax.compilation import hlo
-from dmd_jax.compilation.kernels import Kernel, kernel_cycles
-from dmd_jax.compilation.topology import CHIPS
-from dmd_jax.sharding import batch_sharding, make_mesh, replicated
+from dmd_jax.parallel.sharding import batch_sharding, make_mesh, replicated
+from dmd_jax.performance.compilation import hlo
+from dmd_jax.performance.compilation.kernels import Kernel, kernel_cycles
+from dmd_jax.performance.compilation.topology import CHIPS
 
 KERNEL = (
     'custom-call(%p), custom_call_target="tpu_custom_call", operand_layout_constraints='

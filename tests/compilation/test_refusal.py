@@ -1,6 +1,6 @@
 """The TPU compiler's refusals, as it writes them."""
 
-from dmd_jax.compilation.refusal import refusal
+from dmd_jax.performance.compilation.refusal import refusal
 
 TEMPORARIES = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "

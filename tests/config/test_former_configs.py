@@ -8,7 +8,7 @@ from commands import ROOT, TINY
 from dmd_jax.config import flatten, load_config, resolve_config, save_config, value_of
 from dmd_jax.config.moved import place_of, with_places
 from dmd_jax.errors import UserError
-from dmd_jax.seals import read_sealed, write_sealed
+from dmd_jax.storage.seals import read_sealed, write_sealed
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from dmd_jax.config import (
     when_asked,
 )
 from dmd_jax.errors import UserError
-from dmd_jax.metrics import read_metrics
 from dmd_jax.objectives import DMD
 from dmd_jax.options import make, option
+from dmd_jax.reporting.metrics import read_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

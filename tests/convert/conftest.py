@@ -20,7 +20,7 @@ def traced_once():
         return abstract_params(json.loads(text))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("dmd_jax.convert.part", "dmd_jax.weights", "dmd_jax.models"):
+        for module in ("dmd_jax.convert.part", "dmd_jax.storage.weights", "dmd_jax.models"):
             patch.setattr(f"{module}.abstract_params", lambda n: of_text(json.dumps(n)))
         yield
 

@@ -11,14 +11,14 @@ from commands import ROOT
 
 _CHILD = """
 import re, sys
-import jax, dmd_jax.cli, dmd_jax.convert.diffusers, dmd_jax.convert.edm, dmd_jax.convert.lpips
-import dmd_jax.convert.inception
+import jax, dmd_jax.commands.cli, dmd_jax.convert.diffusers, dmd_jax.convert.edm
+import dmd_jax.convert.inception, dmd_jax.convert.lpips
 jax.devices()
 jax.eval_shape(lambda: 0)
 # Not getrusage's, which begins with the memory of the process that started this one.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 before = peak()
-assert dmd_jax.cli.main(["convert", *sys.argv[1:]]) == 0
+assert dmd_jax.commands.cli.main(["convert", *sys.argv[1:]]) == 0
 print("bytes", peak() - before)
 """
 

@@ -11,9 +11,9 @@ import torch_bytes
 from commands import fails, succeeds
 from inception_weights import drawn_state_dict
 
-from dmd_jax.auxiliary import INCEPTION, describe_auxiliary, load_auxiliary
 from dmd_jax.convert.inception import params_from_state_dict
 from dmd_jax.errors import UserError
+from dmd_jax.storage.judge_weights import INCEPTION, describe_auxiliary, load_auxiliary
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import pytest
 import torch_bytes
 from commands import fails, succeeds
 
-from dmd_jax.auxiliary import (
+from dmd_jax.models.judges.lpips import BLOCKS
+from dmd_jax.storage.judge_weights import (
     LPIPS,
     PROBE_DISTANCE,
     describe_auxiliary,
     load_auxiliary,
     probe_pair,
 )
-from dmd_jax.models.lpips import BLOCKS
 
 # torchvision's vgg16: the index of each convolution in `features`.
 INDICES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)

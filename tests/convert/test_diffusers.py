@@ -24,8 +24,8 @@ from safetensors.numpy import load_file, save_file
 
 from dmd_jax.convert.torch_layout import from_torch, torch_key
 from dmd_jax.models import complete
-from dmd_jax.seals import read_sealed
-from dmd_jax.weights import load_weights
+from dmd_jax.storage.seals import read_sealed
+from dmd_jax.storage.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 NAME = "diffusion_pytorch_model"

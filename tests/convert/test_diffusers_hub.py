@@ -12,7 +12,7 @@ from diffusers_folder import (
     hashes,
 )
 
-from dmd_jax.weights import load_weights
+from dmd_jax.storage.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 NAME = "diffusion_pytorch_model"

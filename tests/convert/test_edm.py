@@ -18,7 +18,7 @@ from dmd_jax.config import load_config
 from dmd_jax.convert.edm import network_from_init_kwargs, params_from_state_dict
 from dmd_jax.errors import UserError
 from dmd_jax.models import complete
-from dmd_jax.weights import load_weights, params_sha256
+from dmd_jax.storage.weights import load_weights, params_sha256
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from dmd_jax.config import load_config
 from dmd_jax.convert.edm import params_from_state_dict
 from dmd_jax.convert.edm_pickle import read_edm_pickle
 from dmd_jax.errors import UserError
+from dmd_jax.method.schedules import edm_level
 from dmd_jax.models import complete
-from dmd_jax.schedules import edm_level
-from dmd_jax.weights import denoiser_of, load_weights, params_sha256
+from dmd_jax.storage.weights import denoiser_of, load_weights, params_sha256
 
 SMALL = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
 SMALL |= {"img_resolution": 8, "in_channels": 3, "out_channels": 3, "dropout": 0.13}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dmd_jax.data.loader import EpochOrder, Together, batches
-from dmd_jax.data.pairs import PairsMetadata, PairSource, write_pairs
+from dmd_jax.data.pair_shards import PairsMetadata, PairSource, write_pairs
 from dmd_jax.errors import UserError
 
 

@@ -13,10 +13,10 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from shard_labels import write_records
 
-from dmd_jax.data.pairs import PairsMetadata, PairSource, write_pairs
+from dmd_jax.data.pair_shards import PairsMetadata, PairSource, write_pairs
 from dmd_jax.data.shards import MAX_OPEN_SHARDS
 from dmd_jax.errors import UserError
-from dmd_jax.seals import read_sealed, write_sealed
+from dmd_jax.storage.seals import read_sealed, write_sealed
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (4, 4, 3)
@@ -418,7 +418,7 @@ def test_records_that_are_no_pairs(folder, record, message):
 WRITE_WITH_LIMIT = """
 import resource, signal, sys
 import numpy as np
-from dmd_jax.data.pairs import PairsMetadata, write_pairs
+from dmd_jax.data.pair_shards import PairsMetadata, write_pairs
 from dmd_jax.errors import UserError
 
 folder, limit, grown = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

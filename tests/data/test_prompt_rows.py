@@ -22,7 +22,7 @@ from prompt_files import (
 from pyarrow import parquet
 
 from dmd_jax.data.prompt_rows import MAX_ROW_BYTES, BrokenRow, PromptRows
-from dmd_jax.data.prompts import write_prompts
+from dmd_jax.data.prompt_shards import write_prompts
 from dmd_jax.errors import UserError
 
 

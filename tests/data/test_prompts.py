@@ -19,10 +19,10 @@ from prompt_files import (
 from small_tokenizer import write_tokenizer
 
 from dmd_jax.data.loader import batches
-from dmd_jax.data.prompts import PromptSource, TokenSource, write_prompts
+from dmd_jax.data.prompt_shards import PromptSource, TokenSource, write_prompts
 from dmd_jax.errors import UserError
-from dmd_jax.seals import read_sealed, write_sealed
-from dmd_jax.tokenizer import load_tokenizer
+from dmd_jax.storage.seals import read_sealed, write_sealed
+from dmd_jax.teachers.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -8,10 +8,10 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from shard_labels import write_records
 
-from dmd_jax.data.pairs import PairsMetadata, PairSource, write_pairs
-from dmd_jax.data.prompts import PromptSource, write_prompts
+from dmd_jax.data.pair_shards import PairsMetadata, PairSource, write_pairs
+from dmd_jax.data.prompt_shards import PromptSource, write_prompts
 from dmd_jax.errors import UserError
-from dmd_jax.seals import read_sealed, write_sealed
+from dmd_jax.storage.seals import read_sealed, write_sealed
 
 PROMPTS = [f"prompt {number}" for number in range(8)]
 

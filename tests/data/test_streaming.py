@@ -16,15 +16,15 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from commands import TINY, fails, finish, start, succeeds
 
-from dmd_jax.block_cache import limit_cache
-from dmd_jax.buckets import BucketPath
 from dmd_jax.data import shard_stream, shards
 from dmd_jax.data.loader import batches
-from dmd_jax.data.pairs import PairsMetadata, PairSource, write_pairs
-from dmd_jax.data.prompts import PromptSource, write_prompts
+from dmd_jax.data.pair_shards import PairsMetadata, PairSource, write_pairs
+from dmd_jax.data.prompt_shards import PromptSource, write_prompts
 from dmd_jax.errors import UserError
-from dmd_jax.files import path_of
-from dmd_jax.local_copies import cache_folder
+from dmd_jax.storage.block_cache import limit_cache
+from dmd_jax.storage.bucket_copies import cache_folder
+from dmd_jax.storage.buckets import BucketPath
+from dmd_jax.storage.files import path_of
 
 PAGE = 4096
 SHAPE = (4, 4, 3)
@@ -310,8 +310,8 @@ def test_a_shard_whose_index_is_compressed_is_named(gcs, tmp_path):
 
 KILLED = """
 import sys, os, signal
-from dmd_jax.block_cache import limit_cache
-from dmd_jax.data.pairs import PairSource
+from dmd_jax.storage.block_cache import limit_cache
+from dmd_jax.data.pair_shards import PairSource
 limit_cache(50 * 4096 / 1e9)
 source = PairSource(sys.argv[1], sample_shape=(4, 4, 3), num_classes=10)
 source[3]
@@ -353,7 +353,7 @@ def test_a_cache_folder_that_is_emptied_is_filled_again(pairs):
 
 
 def test_a_disk_with_too_little_room_is_named(pairs, monkeypatch):
-    from dmd_jax import block_cache
+    from dmd_jax.storage import block_cache
 
     _, folder = pairs
     usage = block_cache.shutil.disk_usage(".")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from dmd_jax.data.pairs import PairSource, write_pairs
+from dmd_jax.data.pair_shards import PairSource, write_pairs
 from dmd_jax.data.pairs_metadata import PairsMetadata, TextPairsMetadata
 from dmd_jax.errors import UserError
-from dmd_jax.seals import read_sealed, write_sealed
+from dmd_jax.storage.seals import read_sealed, write_sealed
 
 SHAPE = (2, 3, 4)
 LENGTH = 7

@@ -13,7 +13,7 @@ import json, math, jax
 from dmd_jax.config import load_config, shipped_config
 from dmd_jax.distillation import method_of
 from dmd_jax.distillation.program import program_of
-from dmd_jax.experiment import mesh_of
+from dmd_jax.distillation.from_config import mesh_of
 
 config = load_config(str(shipped_config("sd15_laion625")), ["--config.mesh.fsdp=16"])
 method = method_of(config)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from commands import fails, succeeds
 
-from dmd_jax.checkpoints import restore_subtree
-from dmd_jax.metrics import read_metrics
-from dmd_jax.weights import load_weights
+from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.storage.checkpoints import restore_subtree
+from dmd_jax.storage.weights import load_weights
 
 
 def player_of(workdir, *names):
@@ -76,7 +76,7 @@ def test_players_start_from_those_of_an_earlier_run(tiny, trained, tmp_path):
     ],
 )
 def test_starts_that_cannot_be_are_refused(tiny, trained, tmp_path, capsys, overrides, named):
-    from dmd_jax.weights import packaged
+    from dmd_jax.storage.weights import packaged
 
     teacher = tiny[2].partition("=")[2].removesuffix("/weights")
     places = {"trained": trained, "digits": packaged("digits_teacher"), "teacher": teacher}

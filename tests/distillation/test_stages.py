@@ -6,17 +6,17 @@ import pytest
 import small
 from commands import ROOT, succeeds
 
-from dmd_jax.checkpoints import Checkpoints
 from dmd_jax.config import default_config, load_config, stages_of, value_of
 from dmd_jax.data.loader import EpochOrder
 from dmd_jax.distillation import setting_of
+from dmd_jax.distillation.from_config import teacher_of
 from dmd_jax.distillation.setting import Method, Setting, data_of
 from dmd_jax.errors import UserError
-from dmd_jax.experiment import teacher_of
-from dmd_jax.metrics import read_metrics
 from dmd_jax.objectives.objective import need
-from dmd_jax.sharding import make_mesh
-from dmd_jax.weights import load_weights
+from dmd_jax.parallel.sharding import make_mesh
+from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.storage.checkpoints import Checkpoints
+from dmd_jax.storage.weights import load_weights
 
 SCALAR = jax.ShapeDtypeStruct((), np.int32)
 STAGED = ROOT / "tests" / "configs" / "staged.py"

@@ -13,18 +13,18 @@ from PIL import Image
 from shard_labels import write_changed
 
 from dmd_jax.config import load_config, shipped_config
-from dmd_jax.data.pairs import PairSource
+from dmd_jax.data.pair_shards import PairSource
 from dmd_jax.data.pairs_metadata import read_metadata
 from dmd_jax.distillation import roles_of, setting_of
+from dmd_jax.distillation.from_config import fake_weight_of, teacher_of
 from dmd_jax.distillation.setting import data_of
-from dmd_jax.experiment import fake_weight_of, teacher_of
-from dmd_jax.losses import snr_weight
-from dmd_jax.metrics import read_metrics
+from dmd_jax.method.losses import snr_weight
+from dmd_jax.method.schedules import NoiseLevel
 from dmd_jax.models import build_denoiser
-from dmd_jax.schedules import NoiseLevel
-from dmd_jax.sharding import make_mesh
+from dmd_jax.parallel.sharding import make_mesh
+from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.storage.weights import load_weights
 from dmd_jax.teachers.edm import edm_teacher
-from dmd_jax.weights import load_weights
 
 PROMPTS = ("a red ball", "a green ball", "a cat on a mat", "A house by the sea, oil painting")
 

@@ -18,7 +18,7 @@ from dmd_jax.evaluation import features
 from dmd_jax.evaluation.clip_folder import Preparation, load_clip
 from dmd_jax.evaluation.clip_score import ClipScore, prepare, resized, score
 from dmd_jax.evaluation.protocols import PREFIX
-from dmd_jax.seals import read_sealed, write_sealed
+from dmd_jax.storage.seals import read_sealed, write_sealed
 
 TOLERANCE = 5e-5  # of cosines, which are at most 1
 TEXTS = ["a cat on the red photo", "", "THE DOG'S  photo", "dog " * 100, "é 😀"]

@@ -5,11 +5,11 @@ import functools
 import numpy as np
 import pytest
 
-from dmd_jax.auxiliary import INCEPTION
 from dmd_jax.errors import UserError
 from dmd_jax.evaluation import features as module
 from dmd_jax.evaluation.features import feature_extractor
-from dmd_jax.models.resizing import pil_bicubic
+from dmd_jax.models.ops.resizing import pil_bicubic
+from dmd_jax.storage.judge_weights import INCEPTION
 
 IMAGES = np.arange(2 * 2 * 3 * 1, dtype=np.float32).reshape(2, 2, 3, 1)
 

@@ -15,10 +15,10 @@ import pytest
 from products import products_of
 
 from dmd_jax.errors import UserError
-from dmd_jax.models import attention
-from dmd_jax.models.attention import attend
-from dmd_jax.models.splash import splash
-from dmd_jax.sharding import make_mesh, program_for
+from dmd_jax.models.ops import attention
+from dmd_jax.models.ops.attention import attend
+from dmd_jax.models.ops.splash import splash
+from dmd_jax.parallel.sharding import make_mesh, program_for
 
 B, L, S, H, K = 2, 5, 7, 3, 4
 
@@ -180,9 +180,9 @@ def test_what_attends_where(device, shape, keys, dtype, expected):
 FOR_TPU = """
 import sys
 import jax
-from dmd_jax.compilation.topology import devices_of
-from dmd_jax.models.splash import splash
-from dmd_jax.sharding import batch_sharding, make_mesh
+from dmd_jax.performance.compilation.topology import devices_of
+from dmd_jax.models.ops.splash import splash
+from dmd_jax.parallel.sharding import batch_sharding, make_mesh
 
 mesh = make_mesh(1, 4, devices=devices_of("v4:2x2x1"))
 shape = (4, int(sys.argv[1]), 2, int(sys.argv[2]))

@@ -12,7 +12,7 @@ import pytest
 from torch_weights import draw_parameters, drawn_params, params_of, relative_error
 
 from dmd_jax.errors import UserError
-from dmd_jax.models.autoencoder_tiny import AutoencoderTiny
+from dmd_jax.models.stable_diffusion.autoencoder_tiny import AutoencoderTiny
 
 TOLERANCE = 5e-5  # of the largest magnitude
 SMALL = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (12,) * 4}

@@ -11,8 +11,8 @@ import pytest
 from torch_weights import draw_parameters, drawn_params, params_of, relative_error
 
 from dmd_jax.errors import UserError
-from dmd_jax.models.clip_blocks import LayerOptions
-from dmd_jax.models.clip_text import CLIPText, check_tokens
+from dmd_jax.models.clip.blocks import LayerOptions
+from dmd_jax.models.clip.text import CLIPText, check_tokens
 
 TOLERANCE = 5e-5  # of the largest magnitude
 SMALL = {

@@ -11,7 +11,7 @@ import pytest
 from torch_weights import draw_parameters, drawn_params, params_of, relative_error
 
 from dmd_jax.errors import UserError
-from dmd_jax.models.clip_vision import CLIPVision
+from dmd_jax.models.clip.vision import CLIPVision
 
 TOLERANCE = 5e-5  # of the largest magnitude
 SMALL = {

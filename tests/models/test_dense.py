@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax.compilation import hlo
-from dmd_jax.models.layers import dense
-from dmd_jax.sharding import batch_sharding, infer_shardings, make_mesh, program_for
+from dmd_jax.models.ops.layers import dense
+from dmd_jax.parallel.sharding import batch_sharding, infer_shardings, make_mesh, program_for
+from dmd_jax.performance.compilation import hlo
 
 WIDTH = 512
 

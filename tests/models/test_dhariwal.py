@@ -13,8 +13,8 @@ import pytest
 from dmd_jax.config import load_config, shipped_config
 from dmd_jax.errors import UserError
 from dmd_jax.models import build_denoiser
-from dmd_jax.models.dhariwal import DhariwalUNet
-from dmd_jax.models.layers import UNetBlock
+from dmd_jax.models.edm.dhariwal import DhariwalUNet
+from dmd_jax.models.ops.layers import UNetBlock
 
 SMALL = {"name": "dhariwal", "img_resolution": 8, "in_channels": 1, "out_channels": 1}
 SMALL |= {"model_channels": 64, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}

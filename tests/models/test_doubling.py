@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmd_jax.models.doubling import DoublingConv, as_one, one_by_one
+from dmd_jax.models.ops.doubling import DoublingConv, as_one, one_by_one
 
 
 @pytest.mark.parametrize("function", [as_one, one_by_one])
@@ -34,7 +34,9 @@ def test_a_program_for_tpu_has_one_convolution(monkeypatch):
     module, x = DoublingConv(6), np.zeros((1, 3, 4, 5), "f4")
     params = module.init(jax.random.key(0), x)
     for platform, kernel in (("tpu", "4,4,5,6"), ("cpu", "3,3,5,6")):
-        monkeypatch.setattr("dmd_jax.models.doubling.platform_in_use", lambda name=platform: name)
+        monkeypatch.setattr(
+            "dmd_jax.models.ops.doubling.platform_in_use", lambda name=platform: name
+        )
         text = str(jax.make_jaxpr(module.apply)(params, x))
         (line,) = (line for line in text.splitlines() if "conv_general_dilated[" in line)
         assert line.strip().endswith("f32[1,6,8,6] = conv_general_dilated[") and kernel in text

@@ -23,9 +23,9 @@ from edm_pickle import drawn
 from once import once
 
 from dmd_jax.convert.edm import network_from_init_kwargs, params_from_state_dict
+from dmd_jax.method.samplers import heun, one_step
+from dmd_jax.method.schedules import NoiseSchedule, edm_level
 from dmd_jax.models import build_denoiser
-from dmd_jax.samplers import heun, one_step
-from dmd_jax.schedules import NoiseSchedule, edm_level
 
 TOLERANCE = 2e-5  # of the output's largest magnitude
 

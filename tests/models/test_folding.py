@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax.auxiliary import LPIPS, load_auxiliary
-from dmd_jax.models import folding
-from dmd_jax.models.autoencoder_tiny import AutoencoderTiny
-from dmd_jax.models.doubling import DoublingConv
-from dmd_jax.models.folding import FoldableConv, fold, unfold
-from dmd_jax.models.lpips import lpips
+from dmd_jax.models.judges.lpips import lpips
+from dmd_jax.models.ops import folding
+from dmd_jax.models.ops.doubling import DoublingConv
+from dmd_jax.models.ops.folding import FoldableConv, fold, unfold
+from dmd_jax.models.stable_diffusion.autoencoder_tiny import AutoencoderTiny
+from dmd_jax.storage.judge_weights import LPIPS, load_auxiliary
 
 TOLERANCE = 2e-6  # of the largest magnitude
 
@@ -23,7 +23,7 @@ def on_tpu(monkeypatch):
 
     def program_of(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr("dmd_jax.models.folding.platform_in_use", lambda: "tpu")
+            patch.setattr("dmd_jax.models.ops.folding.platform_in_use", lambda: "tpu")
             return jax.jit(function).lower(*args).compile()
 
     return program_of
@@ -73,7 +73,7 @@ def test_the_same_parameters_have_the_same_gradients(module):
 
 def test_it_pays_on_tpu_for_few_channels(monkeypatch):
     assert not folding.pays(8, 64)
-    monkeypatch.setattr("dmd_jax.models.folding.platform_in_use", lambda: "tpu")
+    monkeypatch.setattr("dmd_jax.models.ops.folding.platform_in_use", lambda: "tpu")
     assert folding.pays(8, 64) and not folding.pays(8, 65) and not folding.pays(7, 64)
 
 

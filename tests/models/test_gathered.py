@@ -10,8 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax.models.layers import conv
-from dmd_jax.sharding import batch_sharding, gathered, infer_shardings, make_mesh, program_for
+from dmd_jax.models.ops.layers import conv
+from dmd_jax.parallel.sharding import (
+    batch_sharding,
+    gathered,
+    infer_shardings,
+    make_mesh,
+    program_for,
+)
 
 WIDTH = 64
 
@@ -49,10 +55,10 @@ def test_where_data_splits_the_rows_too_it_is_left_to_xla():
 FOR_TPU = f"""
 import jax
 import jax.numpy as jnp
-from dmd_jax.compilation import hlo
-from dmd_jax.compilation.topology import devices_of
-from dmd_jax.models.layers import conv
-from dmd_jax.sharding import *
+from dmd_jax.performance.compilation import hlo
+from dmd_jax.performance.compilation.topology import devices_of
+from dmd_jax.models.ops.layers import conv
+from dmd_jax.parallel.sharding import *
 
 mesh = make_mesh(1, 16, devices=devices_of("v5e:4x4"))
 module = conv({WIDTH}, 3, name="conv", dtype=jnp.bfloat16)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax.models.layers import GroupNorm
+from dmd_jax.models.ops.layers import GroupNorm
 
 SHAPE, GROUPS, EPSILON = (2, 4, 6, 16), 4, 1e-5
 NORM = GroupNorm(EPSILON, GROUPS)

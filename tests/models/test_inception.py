@@ -14,8 +14,8 @@ from PIL import Image
 
 from dmd_jax.convert.inception import params_from_state_dict
 from dmd_jax.errors import UserError
-from dmd_jax.models.inception import class_logits, inception_template, pool3, preprocess
-from dmd_jax.models.resizing import bilinear, bilinear_from_the_corner, pil_bicubic
+from dmd_jax.models.judges.inception import class_logits, inception_template, pool3, preprocess
+from dmd_jax.models.ops.resizing import bilinear, bilinear_from_the_corner, pil_bicubic
 
 TOLERANCE = 1e-4  # of the largest magnitude
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmd_jax.auxiliary import LPIPS, load_auxiliary
 from dmd_jax.errors import UserError
-from dmd_jax.models.lpips import lpips, lpips_template, vgg16_features
+from dmd_jax.models.judges.lpips import lpips, lpips_template, vgg16_features
+from dmd_jax.storage.judge_weights import LPIPS, load_auxiliary
 
 TOLERANCE = 1e-4  # absolute, of distances between 0.28 and 0.81
 distance = jax.jit(lpips, static_argnames=("pooling", "resolution", "dtype"))

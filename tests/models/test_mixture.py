@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dmd_jax.errors import UserError
+from dmd_jax.method.schedules import NoiseLevel
 from dmd_jax.models import build_denoiser
-from dmd_jax.schedules import NoiseLevel
 
 NETWORK = {
     "name": "gaussian_mixture",

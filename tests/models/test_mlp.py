@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmd_jax.method.schedules import edm_level
 from dmd_jax.models import build_denoiser
-from dmd_jax.schedules import edm_level
 
 NETWORK = {"name": "mlp", "dim": 2, "width": 16, "depth": 2}
 X = jax.random.normal(jax.random.key(1), (4, 2))

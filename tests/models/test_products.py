@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from products import products_of
 
-from dmd_jax.models.doubling import DoublingConv
-from dmd_jax.models.layers import conv
-from dmd_jax.models.products import linear, product_in
+from dmd_jax.models.ops.doubling import DoublingConv
+from dmd_jax.models.ops.layers import conv
+from dmd_jax.models.ops.products import linear, product_in
 
 RNG = np.random.default_rng(0)
 X, KERNEL, COTANGENT = (

@@ -11,11 +11,11 @@ import pytest
 from once import once
 
 from dmd_jax.errors import UserError
+from dmd_jax.method.schedules import edm_level
 from dmd_jax.models import build_denoiser
-from dmd_jax.models.dhariwal import DhariwalUNet
-from dmd_jax.models.songunet import SongUNet
-from dmd_jax.models.unet2d_condition import UNet2DConditionModel
-from dmd_jax.schedules import edm_level
+from dmd_jax.models.edm.dhariwal import DhariwalUNet
+from dmd_jax.models.edm.songunet import SongUNet
+from dmd_jax.models.stable_diffusion.unet2d_condition import UNet2DConditionModel
 
 SIZES = {"img_resolution": 8, "in_channels": 3, "out_channels": 3}
 SMALL = SIZES | {

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dmd_jax.errors import UserError
+from dmd_jax.method.schedules import edm_level
 from dmd_jax.models import build_denoiser
-from dmd_jax.models.layers import FourierEmbedding, GroupNorm, UNetBlock, downsample, upsample
-from dmd_jax.models.songunet import SongUNet
-from dmd_jax.schedules import edm_level
+from dmd_jax.models.edm.songunet import SongUNet
+from dmd_jax.models.ops.layers import FourierEmbedding, GroupNorm, UNetBlock, downsample, upsample
 
 CIFAR = {
     "name": "songunet",

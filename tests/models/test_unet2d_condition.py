@@ -26,9 +26,9 @@ from torch_weights import drawn_params, params_of, relative_error
 from dmd_jax.convert.torch_layout import to_torch, torch_key
 from dmd_jax.errors import UserError
 from dmd_jax.models import abstract_params, build_denoiser, build_network
-from dmd_jax.models.layers import GroupNorm, layer_norm
-from dmd_jax.models.transformer2d import GEGLU, Attention, Transformer2D
-from dmd_jax.models.unet2d_blocks import Downsample2D, ResnetBlock2D, nearest
+from dmd_jax.models.ops.layers import GroupNorm, layer_norm
+from dmd_jax.models.stable_diffusion.transformer2d import GEGLU, Attention, Transformer2D
+from dmd_jax.models.stable_diffusion.unet2d_blocks import Downsample2D, ResnetBlock2D, nearest
 
 TOLERANCE = 5e-5  # of the largest magnitude
 V15 = {"name": "unet2d_condition", "cross_attention_dim": 768}

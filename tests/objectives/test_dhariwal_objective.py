@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from dmd_jax.convert.edm import network_from_init_kwargs, params_from_state_dict
+from dmd_jax.method.schedules import NoiseSchedule
 from dmd_jax.models import build_denoiser
 from dmd_jax.objectives import Draws, Networks, fake_score_loss, generator_loss
-from dmd_jax.schedules import NoiseSchedule
 
 TOLERANCE = 1e-4
 

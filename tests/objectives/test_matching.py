@@ -7,7 +7,8 @@ import pytest
 import small
 from once import once
 
-from dmd_jax import losses
+from dmd_jax.method import losses
+from dmd_jax.method.schedules import NoiseSchedule
 from dmd_jax.objectives import (
     Draws,
     draw,
@@ -17,7 +18,6 @@ from dmd_jax.objectives import (
     one_architecture,
 )
 from dmd_jax.objectives.matching import join_pairs, take_pairs
-from dmd_jax.schedules import NoiseSchedule
 
 SCHEDULE = NoiseSchedule.edm()
 NETWORKS = one_architecture(small.denoise, SCHEDULE)

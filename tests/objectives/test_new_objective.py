@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from commands import TINY
 
-from dmd_jax import samplers
-from dmd_jax.checkpoints import Checkpoints
+from dmd_jax.commands.train import train
 from dmd_jax.config import load_config
 from dmd_jax.distillation.program import program_of
 from dmd_jax.distillation.setting import Method, Setting
-from dmd_jax.metrics import read_metrics
+from dmd_jax.method import samplers
+from dmd_jax.method.schedules import NoiseSchedule, expand
 from dmd_jax.objectives.objective import Objective, Player, Seen, need
-from dmd_jax.optimizers import AdamW, adamw
-from dmd_jax.schedules import NoiseSchedule, expand
-from dmd_jax.sharding import MIN_SHARDED_SIZE, make_mesh
-from dmd_jax.state import Role
+from dmd_jax.objectives.optimizers import AdamW, adamw
+from dmd_jax.parallel.sharding import MIN_SHARDED_SIZE, make_mesh
+from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.storage.checkpoints import Checkpoints
 from dmd_jax.teachers.teacher import Teacher
-from dmd_jax.train import train
+from dmd_jax.training.state import Role
 
 SHAPE, WIDTH = (4, 4, 1), 64
 

@@ -13,10 +13,10 @@ from commands import ROOT, TINY, fails, finish, free_port, start, succeeds
 from company import each
 from strangers import STRANGERS, visit
 
-from dmd_jax.checkpoints import restore_subtree
-from dmd_jax.metrics import read_metrics
 from dmd_jax.parallel.lifeline import LOST
-from dmd_jax.weights import load_weights
+from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.storage.checkpoints import restore_subtree
+from dmd_jax.storage.weights import load_weights
 
 HOST = socket.gethostname()
 SMALL = (ROOT / "tests" / "small_teacher.py",)

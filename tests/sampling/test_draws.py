@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from commands import succeeds
 
-from dmd_jax.data.pairs import PairSource
+from dmd_jax.data.pair_shards import PairSource
 from dmd_jax.sampling.draws import draw_labels, draw_latents
-from dmd_jax.state import Role
+from dmd_jax.training.state import Role
 
 SHAPE, CLASSES = (4, 3, 2), 10
 

@@ -10,9 +10,9 @@ from dmd_jax.errors import UserError
 from dmd_jax.models import build_network
 from dmd_jax.sampling.draws import draw_latents
 from dmd_jax.sampling.maker import ImageMaker, image_shape
+from dmd_jax.storage.weights import packaged
 from dmd_jax.teachers.families import load_pipeline
-from dmd_jax.text_parts import load_decoder, load_text_encoder
-from dmd_jax.weights import packaged
+from dmd_jax.teachers.text_parts import load_decoder, load_text_encoder
 
 # Of the last and of the second noise level, from the betas of Stable Diffusion.
 _BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2

@@ -12,12 +12,12 @@ from diffusers_folder import UNET, state_dict
 from dmd_jax.convert.torch_layout import from_torch, torch_key
 from dmd_jax.errors import UserError
 from dmd_jax.models import abstract_params, complete
-from dmd_jax.seals import read_sealed, write_sealed
+from dmd_jax.storage.seals import read_sealed, write_sealed
+from dmd_jax.storage.weights import Weights, load_weights, network_of, packaged, save_weights
 from dmd_jax.teachers.families import family_of, load_pipeline
 from dmd_jax.teachers.stable_diffusion import text_encoder
-from dmd_jax.text_parts import load_decoder, load_text_encoder, parts_folder
-from dmd_jax.tokenizer import load_tokenizer
-from dmd_jax.weights import Weights, load_weights, network_of, packaged, save_weights
+from dmd_jax.teachers.text_parts import load_decoder, load_text_encoder, parts_folder
+from dmd_jax.teachers.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""The commands of `dmd-jax`, one file each."""

@@ -1,0 +1,1 @@
+"""Networks of points in the plane."""

@@ -1,0 +1,1 @@
+"""FLOPs, compilation for TPUs, and benchmarks."""

@@ -1,0 +1,1 @@
+"""What people see of a run: metrics, pictures, charts, profiles, a report."""

@@ -1,0 +1,1 @@
+"""The state, the step, and the loop that drives it."""

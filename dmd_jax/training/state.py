@@ -1,0 +1,137 @@
+"""The train state: a plain pytree of players, with every key a function of the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dmd_jax.method.types import Params
+
+
+class Role(enum.IntEnum):
+    """What a random key is for; keys of one seed and step, or index, differ by role.
+
+    A role keeps its number, which is part of what a seed gives; further roles are appended.
+    """
+
+    LATENTS = 0
+    LABELS = 1
+    MATCHING = 2
+    FAKE_SCORE = 3
+    TEACHER = 4
+    INIT = 5
+    PREVIEW = 6
+    PAIR_LATENTS = 7
+    PAIR_LABELS = 8
+    SAMPLER_NOISE = 9  # of `evaluate` and `sample`; the samplers of pairs add none
+    SAMPLE_LATENTS = 10  # of `evaluate` and `sample`, which are never those of pairs
+    SAMPLE_LABELS = 11
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlayerState:
+    """A trained tree: its parameters, its optimiser's state, and their average."""
+
+    params: Params  # nested dict of float32 arrays
+    opt_state: optax.OptState
+    ema: Params | None  # of the parameters, or None
+
+    @property
+    def averaged(self) -> Params:
+        """The average, or the parameters where none is kept."""
+        return self.params if self.ema is None else self.ema
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes. What it only reads, as the teacher, is not in it."""
+
+    step: jax.Array  # int32 [], steps done
+    players: dict[str, PlayerState]
+    key: jax.Array  # uint32 [2], the seed's key as data
+
+
+def key_data(seed: int) -> jax.Array:
+    """The base key of a state, as data that any checkpoint format can hold."""
+    return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
+
+
+def role_key(base: jax.Array, step: jax.Array | int, role: Role) -> jax.Array:
+    """The key of (seed, step, role), so that a resumed run draws what the other would have."""
+    key = jax.random.wrap_key_data(base, impl="threefry2x32")
+    return jax.random.fold_in(jax.random.fold_in(key, step), int(role))
+
+
+def train_state(
+    params: Mapping[str, Params],
+    transformations: Mapping[str, optax.GradientTransformation],
+    *,
+    averaged: Collection[str] = (),
+    seed: int,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      params, transformations: of each player, by name.
+      averaged: the players that keep an average of their parameters.
+    """
+    players = {
+        name: PlayerState(
+            tree, transformations[name].init(tree), tree if name in averaged else None
+        )
+        for name, tree in params.items()
+    }
+    return TrainState(step=jnp.zeros((), jnp.int32), players=players, key=key_data(seed))
+
+
+def apply_gradients(
+    player: PlayerState, gradients: Params, transformation: optax.GradientTransformation
+) -> PlayerState:
+    """One optimiser update; the average stays."""
+    updates, opt_state = transformation.update(gradients, player.opt_state, player.params)
+    params = optax.apply_updates(player.params, updates)
+    return dataclasses.replace(player, params=params, opt_state=opt_state)
+
+
+def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
+    """ema + (1 - d)(params - ema), with d = min(decay, (1 + step) / (10 + step)).
+
+    The cap lets the average forget the start in a run that is short beside 1 / (1 - decay).
+    """
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), ema, params)
+
+
+def former_layout(state: TrainState) -> dict[str, Any]:
+    """The tree that checkpoints have, in place of a TrainState, which know no players."""
+    tree: dict[str, Any] = {"step": state.step, "key": state.key, "ema": None}
+    for name, player in state.players.items():
+        tree[name] = {"params": player.params, "opt_state": player.opt_state}
+        if player.ema is not None:
+            tree["ema"] = player.ema
+    return tree
+
+
+def of_former_layout(tree: Mapping[str, Any], like: TrainState) -> TrainState:
+    """The state that a tree of `former_layout` holds.
+
+    Args:
+      like: a state with the same players, which says whose the average is.
+    """
+    players = {
+        name: PlayerState(
+            tree[name]["params"],
+            tree[name]["opt_state"],
+            None if player.ema is None else tree["ema"],
+        )
+        for name, player in like.players.items()
+    }
+    return TrainState(tree["step"], players, tree["key"])
