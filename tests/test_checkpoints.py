@@ -12,7 +12,7 @@ from dmd_jax.errors import UserError
 from dmd_jax.objectives.optimizers import AdamW, adamw
 from dmd_jax.parallel.sharding import make_mesh, replicated, with_shardings
 from dmd_jax.storage import checkpoints
-from dmd_jax.training.state import former_layout, train_state
+from dmd_jax.training.state import WITHOUT_PLAYERS, former_layout, train_state
 
 
 def test_what_another_process_cannot_read_is_not_used_here(tmp_path, monkeypatch, caplog):
@@ -113,7 +113,7 @@ def test_a_checkpoint_that_knows_no_players_is_the_state(tmp_path):
     run.save(1, former_layout(state), {"batches": 1})
     run.close()
     abstract = with_shardings(state, jax.tree.map(lambda _: sharding, state))
-    step, found, position = checkpoints.Checkpoints(run.folder).restore(abstract)
+    step, found, position = checkpoints.Checkpoints(run.folder).restore(abstract, WITHOUT_PLAYERS)
     assert (step, position) == (1, {"batches": 1})
     assert jax.tree.structure(found) == jax.tree.structure(state)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
@@ -121,5 +121,6 @@ def test_a_checkpoint_that_knows_no_players_is_the_state(tmp_path):
     without_average = train_state(params, optimizers, seed=4)
     with pytest.raises(UserError, match="ema/w is not expected"):
         checkpoints.Checkpoints(run.folder).restore(
-            with_shardings(without_average, jax.tree.map(lambda _: sharding, without_average))
+            with_shardings(without_average, jax.tree.map(lambda _: sharding, without_average)),
+            WITHOUT_PLAYERS,
         )

@@ -7,13 +7,13 @@ import pytest
 import small
 from diffusers_folder import TAESD, TEXT, UNET, VAE
 
+from dmd_jax.method.randomness import Role, key_data, role_key
 from dmd_jax.method.samplers import heun
 from dmd_jax.method.schedules import NoiseSchedule
 from dmd_jax.models import abstract_params, build_denoiser
 from dmd_jax.objectives import draw, draw_lognormal
 from dmd_jax.objectives.optimizers import AdamW, adamw
 from dmd_jax.sampling.draws import draw_labels, draw_latents
-from dmd_jax.training.state import Role, key_data, role_key
 from dmd_jax.training.train_step import initial_state, make_train_step
 
 EDM = dict(img_resolution=8, in_channels=1, out_channels=1, label_dim=10, channel_mult=(1,))

@@ -12,12 +12,12 @@ from small_tokenizer import VOCAB_SIZE
 
 from dmd_jax.data.pair_shards import PairSource
 from dmd_jax.method.discrete_samplers import ddim
+from dmd_jax.method.randomness import Role
 from dmd_jax.models import build_denoiser, build_network, guided
 from dmd_jax.sampling.draws import draw_latents
 from dmd_jax.storage.seals import read_sealed
 from dmd_jax.storage.weights import load_weights, packaged, params_sha256
 from dmd_jax.teachers.tokenizer import load_tokenizer
-from dmd_jax.training.state import Role
 
 PROMPTS = ["a cat", "the red dog", "", "a photo of the cat on the dog " * 12]
 COUNT = 10

@@ -11,14 +11,12 @@ from commands import TINY
 from dmd_jax.config import load_config
 from dmd_jax.distillation import optimizers_of
 from dmd_jax.errors import UserError
+from dmd_jax.method.randomness import Role, key_data, role_key
 from dmd_jax.objectives.optimizers import AdamW, adamw, warmup
 from dmd_jax.training.state import (
-    Role,
     apply_gradients,
     former_layout,
-    key_data,
     of_former_layout,
-    role_key,
     train_state,
     update_ema,
 )

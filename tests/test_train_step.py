@@ -9,11 +9,12 @@ import pytest
 import small
 
 from dmd_jax.distillation.from_config import abstract_state, shardings_of
+from dmd_jax.method.randomness import Role, role_key
 from dmd_jax.method.schedules import NoiseSchedule
 from dmd_jax.objectives import draw, fake_score_loss, generator_loss, one_architecture
 from dmd_jax.objectives.optimizers import AdamW, adamw
 from dmd_jax.parallel import sharding
-from dmd_jax.training.state import Role, apply_gradients, role_key, train_state, update_ema
+from dmd_jax.training.state import apply_gradients, train_state, update_ema
 from dmd_jax.training.train_step import initial_state, jit_step, make_train_step
 
 SCHEDULE = NoiseSchedule.edm()

@@ -20,8 +20,9 @@ from dmd_jax.data.pairs_metadata import PairsMetadata, TextPairsMetadata
 from dmd_jax.data.prompt_shards import PromptSource
 from dmd_jax.distillation.from_config import computation_of, prompts_of, teacher_of
 from dmd_jax.errors import UserError
+from dmd_jax.method.randomness import Role
 from dmd_jax.parallel.processes import wait_for_all
-from dmd_jax.reporting.metrics import Progress
+from dmd_jax.progress import Progress
 from dmd_jax.sampling.draws import draw_labels, draw_latents
 from dmd_jax.sampling.maker import ImageMaker
 from dmd_jax.storage.block_cache import add_cache_argument, limit_cache
@@ -30,7 +31,6 @@ from dmd_jax.storage.workdir_lock import locked
 from dmd_jax.teachers.families import family_of, load_pipeline
 from dmd_jax.teachers.family import Family, Pipeline
 from dmd_jax.teachers.teacher import Tokens
-from dmd_jax.training.state import Role
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import argparse
 
 from dmd_jax.data.prompt_rows import KEYS
 from dmd_jax.data.prompt_shards import SHARD_SIZE, write_prompts
-from dmd_jax.reporting.metrics import Progress
+from dmd_jax.progress import Progress
 from dmd_jax.storage.files import path_of
 from dmd_jax.storage.workdir_lock import locked
 

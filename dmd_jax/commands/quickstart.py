@@ -18,7 +18,8 @@ from dmd_jax.evaluation.digits_classifier import class_agreement
 from dmd_jax.evaluation.features import feature_extractor
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance, gather
 from dmd_jax.method.precision import products
-from dmd_jax.reporting.metrics import duration, read_metrics
+from dmd_jax.progress import duration
+from dmd_jax.reporting.metrics import read_metrics
 from dmd_jax.reporting.pictures import grid, save_png, to_uint8, viewing_scale
 from dmd_jax.reporting.provenance import command_line, machine
 from dmd_jax.reporting.report import write_report

@@ -23,7 +23,8 @@ from dmd_jax.commands.toy_problem import Plane, make_plane, measure
 from dmd_jax.config import resolve_config, save_config, settings_of
 from dmd_jax.errors import UserError
 from dmd_jax.parallel.sharding import replicated
-from dmd_jax.reporting.metrics import MetricsWriter, Progress, must_be_finite
+from dmd_jax.progress import Progress
+from dmd_jax.reporting.metrics import MetricsWriter, must_be_finite
 from dmd_jax.reporting.pictures import save_png
 from dmd_jax.reporting.provenance import command_line, machine
 from dmd_jax.reporting.scatter import Panel, draw_panels

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dmd_jax.reporting.metrics import Pace, Progress
+from dmd_jax.progress import Pace, Progress
 
 
 class Meter:

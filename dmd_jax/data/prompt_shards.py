@@ -23,7 +23,7 @@ from dmd_jax.data.prompt_rows import BrokenRow, PromptRows
 from dmd_jax.data.shards import ShardReader, write_shards
 from dmd_jax.data.shards_metadata import ShardedMetadata, read_with_digest
 from dmd_jax.errors import UserError
-from dmd_jax.reporting.metrics import Pace
+from dmd_jax.progress import Pace
 from dmd_jax.teachers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

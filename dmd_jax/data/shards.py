@@ -36,7 +36,7 @@ from dmd_jax.data.shards_metadata import (
     read_metadata,
 )
 from dmd_jax.errors import UserError, differing, first_line
-from dmd_jax.reporting.metrics import Pace, Progress
+from dmd_jax.progress import Pace, Progress
 from dmd_jax.storage.block_cache import shared_cache
 from dmd_jax.storage.bucket_copies import local_folder
 from dmd_jax.storage.files import in_bucket, path_of, replacing

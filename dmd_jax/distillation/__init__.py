@@ -24,6 +24,7 @@ from dmd_jax.distillation.setting import Method, Setting
 from dmd_jax.distillation.text import Text, decoder_names, load_text, null_condition
 from dmd_jax.errors import UserError
 from dmd_jax.method import samplers
+from dmd_jax.method.randomness import Role, key_data, role_key
 from dmd_jax.method.types import Params
 from dmd_jax.models import guided
 from dmd_jax.models.judges.lpips import lpips_template
@@ -34,7 +35,6 @@ from dmd_jax.storage.weights import Weights, load_weights, params_sha256
 from dmd_jax.teachers.families import family_of, networks_of
 from dmd_jax.teachers.family import abstract_frozen, abstract_tokens
 from dmd_jax.teachers.teacher import Frozen, Teacher
-from dmd_jax.training import state
 
 # Columns of a picture: for images up to 64 pixels, and for larger ones.
 COLUMNS, LARGE_COLUMNS = 10, 4
@@ -246,7 +246,7 @@ def roles_of(config: ConfigDict, teacher: Teacher) -> Networks:
 
 def preview_key(config: ConfigDict) -> jax.Array:
     """Of the latents of pictures, which are the same throughout a run."""
-    return state.role_key(state.key_data(config.seed), 0, state.Role.PREVIEW)
+    return role_key(key_data(config.seed), 0, Role.PREVIEW)
 
 
 def _preview(

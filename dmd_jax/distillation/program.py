@@ -15,15 +15,12 @@ from dmd_jax.distillation import method_of
 from dmd_jax.distillation.from_config import abstract_state, shardings_of
 from dmd_jax.distillation.setting import Method
 from dmd_jax.method.types import Params
-from dmd_jax.models.ops.attention import at_once
 from dmd_jax.parallel.sharding import (
     infer_shardings,
-    make_mesh,
     on_rows,
     replicated,
     with_shardings,
 )
-from dmd_jax.performance.flops import count_flops
 from dmd_jax.teachers.teacher import Frozen
 from dmd_jax.training.train_step import Step, initial_state, jit_step, make_train_step
 
@@ -101,11 +98,3 @@ def abstract_program(config: ConfigDict, mesh: Mesh) -> Program:
     for _, stage in stages_of(config):
         method.objective(stage)
     return program_of(config, method, mesh, method.frozen())
-
-
-def model_flops(stage: ConfigDict) -> int:
-    """Operations that a stage's step needs, without what is computed again to save memory."""
-    stage = ConfigDict(stage.to_dict() | {"remat": "none"})
-    program = abstract_program(stage, make_mesh(devices=jax.devices()[:1]))
-    with at_once():
-        return count_flops(program.step(stage), *program.arguments(stage))

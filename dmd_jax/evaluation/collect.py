@@ -14,7 +14,7 @@ from dmd_jax.evaluation.features import Features, ToBytes
 from dmd_jax.evaluation.parts import Rows
 from dmd_jax.evaluation.reference import Reference
 from dmd_jax.evaluation.samples import Samples
-from dmd_jax.reporting.metrics import Pace, Progress
+from dmd_jax.progress import Pace, Progress
 from dmd_jax.reporting.pictures import to_uint8
 
 REFERENCE_PART = 512

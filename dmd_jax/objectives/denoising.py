@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax.method import losses, samplers
+from dmd_jax.method.randomness import Role
 from dmd_jax.method.schedules import NoiseLevel, forward_diffusion
 from dmd_jax.method.types import Denoise, Params
 from dmd_jax.objectives.draws import Draws, draw_lognormal
@@ -26,7 +27,6 @@ from dmd_jax.objectives.objective import (
 from dmd_jax.objectives.optimizers import Optimizer
 from dmd_jax.options import option
 from dmd_jax.teachers.teacher import Teacher
-from dmd_jax.training.state import Role
 
 _MEANINGS = {
     "x0": "clean images [B, ...]",

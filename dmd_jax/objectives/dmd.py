@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dmd_jax.errors import UserError
 from dmd_jax.method import losses
+from dmd_jax.method.randomness import Role
 from dmd_jax.method.schedules import NoiseLevel, expand
 from dmd_jax.method.types import Params
 from dmd_jax.objectives.denoising import fake_score_loss
@@ -21,7 +22,6 @@ from dmd_jax.objectives.objective import Batch, Keys, Need, Objective, Player, S
 from dmd_jax.objectives.optimizers import Optimizer
 from dmd_jax.options import option
 from dmd_jax.teachers.teacher import Frozen, Teacher
-from dmd_jax.training.state import Role
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

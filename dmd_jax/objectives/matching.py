@@ -149,10 +149,13 @@ def _matching_gradient(
     teacher_params: Params,
     fake_score_params: Params,
     use_fake_score: bool,
-    weighting: str,
-    alpha_factor: bool,
+    **options: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """Diffuses x, asks both scores, and returns the gradient, its metrics and the images."""
+    """Diffuses x, asks both scores, and returns the gradient, its metrics and the images.
+
+    Args:
+      options: of losses.distribution_matching_gradient.
+    """
     x_t = forward_diffusion(x, draws.noise, draws.level)
     denoised_real = networks.teacher(teacher_params, x_t, draws.level, cond)
     denoised_fake = x
@@ -163,8 +166,7 @@ def _matching_gradient(
         denoised_real,
         denoised_fake,
         level=draws.level,
-        weighting=weighting,
-        alpha_factor=alpha_factor,
+        **options,
     )
     norms = jnp.sqrt(jnp.sum(jnp.square(gradient), axis=tuple(range(1, x.ndim))))
     metrics = {

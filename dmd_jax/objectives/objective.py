@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 
 from dmd_jax.errors import UserError
+from dmd_jax.method.randomness import Role
 from dmd_jax.method.types import Params
 from dmd_jax.objectives.optimizers import Optimizer
 from dmd_jax.teachers.teacher import Frozen
-from dmd_jax.training.state import Role
 
 # A batch of data: the arrays [R, ...] of each source, by the source's name.
 Batch = Mapping[str, Mapping[str, jax.Array]]

@@ -1,4 +1,4 @@
-"""How many floating-point operations a function asks for, from its jaxpr alone."""
+"""How many floating-point operations a function, or a step, asks for, from its jaxpr alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import core
+from ml_collections import ConfigDict
+
+from dmd_jax.distillation.program import abstract_program
+from dmd_jax.models.ops.attention import at_once
+from dmd_jax.parallel.sharding import make_mesh
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
@@ -26,6 +31,14 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
       ValueError: a loop whose length is not known beforehand.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def model_flops(stage: ConfigDict) -> int:
+    """Operations that a stage's step needs, without what is computed again to save memory."""
+    stage = ConfigDict(stage.to_dict() | {"remat": "none"})
+    program = abstract_program(stage, make_mesh(devices=jax.devices()[:1]))
+    with at_once():
+        return count_flops(program.step(stage), *program.arguments(stage))
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr) -> int:

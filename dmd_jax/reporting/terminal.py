@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from dmd_jax.errors import UserError
+from dmd_jax.progress import ERASE_LINE
 
-# The beginning of a line that takes the last one's place. It is known by its identity, since the
-# same characters in the name of a file are not meant.
-ERASE_LINE = "\r\x1b[K"
 # Control characters but tab and newline; what turns the direction of text or does not show; line
 # ends of Unicode; halves of surrogate pairs, as names that are no UTF-8 have them.
 _HIDDEN = re.compile(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmd_jax.training.state import Role, key_data, role_key
+from dmd_jax.method.randomness import Role, key_data, role_key
 
 # By which images of a seed are drawn; what is kept of a seed's images names them beside it.
 DRAWS = {role.name.lower(): int(role) for role in (Role.SAMPLE_LATENTS, Role.SAMPLE_LABELS)}

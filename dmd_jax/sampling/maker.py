@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmd_jax.errors import UserError
+from dmd_jax.method.randomness import Role, key_data, role_key
 from dmd_jax.sampling.devices import LocalDevices
 from dmd_jax.teachers.family import Pipeline
 from dmd_jax.teachers.teacher import Frozen, Teacher, Tokens
-from dmd_jax.training.state import Role, key_data, role_key
 
 log = logging.getLogger(__name__)
 

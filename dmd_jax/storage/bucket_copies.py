@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dmd_jax.errors import UserError, first_line
-from dmd_jax.reporting.metrics import Pace, Progress
+from dmd_jax.progress import Pace, Progress
 from dmd_jax.storage.files import in_bucket, path_of
 
 _COPIED_AT_ONCE = 4

@@ -11,9 +11,9 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,9 +25,16 @@ from dmd_jax.parallel.sharding import named_leaves
 from dmd_jax.storage.files import in_bucket, path_of
 from dmd_jax.storage.leaf_digests import leaf_digests
 from dmd_jax.storage.seals import sealed, unsealed
-from dmd_jax.training.state import TrainState, former_layout, of_former_layout
 
 log = logging.getLogger(__name__)
+
+
+class Former(NamedTuple):
+    """A layout that checkpoints of an earlier version have."""
+
+    is_in: Callable[[Any], bool]  # the tree that was found -> whether it is in this layout
+    tree_of: Callable[[Any], Any]  # the state -> a tree in this layout
+    state_of: Callable[[Any, Any], Any]  # such a tree, and a state like that -> the state
 
 
 class Checkpoints:
@@ -78,7 +85,9 @@ class Checkpoints:
         """Waits for what is being written and ends the writers."""
         self._guard(None, self._manager.close)
 
-    def restore(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore(
+        self, abstract: Any, former: Former | None = None
+    ) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest whole checkpoint on the shardings of `abstract`, whatever mesh wrote it.
 
         A checkpoint that some process cannot read, or whose leaves are not those that were saved,
@@ -87,6 +96,7 @@ class Checkpoints:
 
         Args:
           abstract: the state as ShapeDtypeStructs with shardings.
+          former: the layout that a checkpoint of an earlier version may have.
 
         Returns:
           (step, state, position), or None where there is no checkpoint.
@@ -96,19 +106,19 @@ class Checkpoints:
         """
         broken = []
         for step in settle(self.steps[::-1], lambda every: every[0]):
-            read, problem = self._read(step, abstract)
+            read, problem = self._read(step, abstract, former)
             # A process whose part of the files is torn must not fall back alone.
             problem = settle(problem, _first_of)
             if problem is None:
-                tree, record = read
+                tree, record, is_former = read
                 # By all processes, since each leaf is summed where its parts are.
                 problem = settle(_changed(record.get("digests"), leaf_digests(tree)), _first_of)
             if problem is None:
                 self._set_aside(broken)
                 if "digests" not in record:  # as in checkpoints of earlier versions
                     log.warning("checkpoint %s has no digests to check", self.folder / str(step))
-                if isinstance(abstract, TrainState) and not isinstance(tree, TrainState):
-                    tree = of_former_layout(tree, abstract)
+                if is_former:
+                    tree = former.state_of(tree, abstract)
                 return step, tree, record.get("position", record)
             log.warning(
                 "checkpoint %s is not whole (%s); falling back to the one before it",
@@ -123,11 +133,14 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, abstract: Any) -> tuple[tuple[Any, Any] | None, str | None]:
-        """(state, what is recorded with it), or None and what is wrong with the files.
+    def _read(
+        self, step: int, abstract: Any, former: Former | None
+    ) -> tuple[tuple[Any, Any, bool] | None, str | None]:
+        """(state, what is recorded with it, is former), or None and what is wrong with the files.
 
-        The state is in the layout in which it was saved. By the handlers of Orbax alone: its
-        managers wait for all processes to have read, which never comes to pass where one cannot.
+        The state is in the layout in which it was saved, which may be the former one. By the
+        handlers of Orbax alone: its managers wait for all processes to have read, which never comes
+        to pass where one cannot.
 
         Raises:
           UserError: it is of another architecture.
@@ -137,15 +150,16 @@ class Checkpoints:
         try:
             _check_regular(folder)
             found = state.metadata(folder / "state").tree
-            if isinstance(abstract, TrainState) and "players" not in found:
-                abstract = former_layout(abstract)
+            is_former = former is not None and former.is_in(found)
+            if is_former:
+                abstract = former.tree_of(abstract)
             check_same_architecture(found, abstract, folder)
             args = ocp.args.PyTreeRestore(
                 item=abstract,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             )
             record, _ = unsealed(ocp.JsonCheckpointHandler().restore(folder / "position"))
-            return (state.restore(folder / "state", args=args), record), None
+            return (state.restore(folder / "state", args=args), record, is_former), None
         except UserError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for torn files.

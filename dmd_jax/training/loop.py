@@ -17,10 +17,11 @@ from dmd_jax.errors import Stopped, UserError
 from dmd_jax.parallel.flags import rounding_flags
 from dmd_jax.parallel.sharding import to_mesh
 from dmd_jax.parallel.stopping import stop_requests
-from dmd_jax.reporting.metrics import MetricsWriter, Progress, must_be_finite
+from dmd_jax.progress import Progress
+from dmd_jax.reporting.metrics import MetricsWriter, must_be_finite
 from dmd_jax.reporting.profiling import Profile
 from dmd_jax.storage.checkpoints import Checkpoints
-from dmd_jax.training.state import TrainState
+from dmd_jax.training.state import WITHOUT_PLAYERS, TrainState
 from dmd_jax.training.train_step import Metrics
 
 
@@ -90,7 +91,10 @@ class _Loop:
         self._training, self._first = training, first
         self.total_steps = training.stages[-1].until
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-        restored, self._flags = self.checkpoints.restore(training.abstract), rounding_flags()
+        restored, self._flags = (
+            self.checkpoints.restore(training.abstract, WITHOUT_PLAYERS),
+            rounding_flags(),
+        )
         if restored is None:
             self.step, self.state, position = 0, training.initialize(), {}
         else:

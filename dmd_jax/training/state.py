@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,27 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dmd_jax.method.randomness import key_data
 from dmd_jax.method.types import Params
-
-
-class Role(enum.IntEnum):
-    """What a random key is for; keys of one seed and step, or index, differ by role.
-
-    A role keeps its number, which is part of what a seed gives; further roles are appended.
-    """
-
-    LATENTS = 0
-    LABELS = 1
-    MATCHING = 2
-    FAKE_SCORE = 3
-    TEACHER = 4
-    INIT = 5
-    PREVIEW = 6
-    PAIR_LATENTS = 7
-    PAIR_LABELS = 8
-    SAMPLER_NOISE = 9  # of `evaluate` and `sample`; the samplers of pairs add none
-    SAMPLE_LATENTS = 10  # of `evaluate` and `sample`, which are never those of pairs
-    SAMPLE_LABELS = 11
+from dmd_jax.storage.checkpoints import Former
 
 
 @jax.tree_util.register_dataclass
@@ -57,17 +38,6 @@ class TrainState:
     step: jax.Array  # int32 [], steps done
     players: dict[str, PlayerState]
     key: jax.Array  # uint32 [2], the seed's key as data
-
-
-def key_data(seed: int) -> jax.Array:
-    """The base key of a state, as data that any checkpoint format can hold."""
-    return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
-
-
-def role_key(base: jax.Array, step: jax.Array | int, role: Role) -> jax.Array:
-    """The key of (seed, step, role), so that a resumed run draws what the other would have."""
-    key = jax.random.wrap_key_data(base, impl="threefry2x32")
-    return jax.random.fold_in(jax.random.fold_in(key, step), int(role))
 
 
 def train_state(
@@ -135,3 +105,7 @@ def of_former_layout(tree: Mapping[str, Any], like: TrainState) -> TrainState:
         for name, player in like.players.items()
     }
     return TrainState(tree["step"], players, tree["key"])
+
+
+# Of checkpoints that know no players.
+WITHOUT_PLAYERS = Former(lambda found: "players" not in found, former_layout, of_former_layout)

@@ -13,20 +13,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from dmd_jax.method.randomness import Role, key_data, role_key
 from dmd_jax.method.types import Params
 from dmd_jax.objectives.objective import Batch, Objective, View
 from dmd_jax.parallel.sharding import batch_sharding, program_for, replicated
 from dmd_jax.teachers.teacher import Frozen
-from dmd_jax.training.state import (
-    PlayerState,
-    Role,
-    TrainState,
-    apply_gradients,
-    key_data,
-    role_key,
-    train_state,
-    update_ema,
-)
+from dmd_jax.training.state import PlayerState, TrainState, apply_gradients, train_state, update_ema
 
 # Each player's metrics, by its name. Those of a step that does not update it are zeros.
 Metrics = dict[str, dict[str, jax.Array]]

@@ -11,9 +11,9 @@ from edm_pickle import drawn
 
 from dmd_jax.config import load_config
 from dmd_jax.convert.torch_layout import from_torch, to_torch, torch_key, torch_shape
+from dmd_jax.method.randomness import Role, role_key
 from dmd_jax.models import build_denoiser
 from dmd_jax.objectives import draw
-from dmd_jax.training.state import Role, role_key
 
 SONGUNET = dict(
     name="songunet",

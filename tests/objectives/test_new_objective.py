@@ -13,6 +13,7 @@ from dmd_jax.config import load_config
 from dmd_jax.distillation.program import program_of
 from dmd_jax.distillation.setting import Method, Setting
 from dmd_jax.method import samplers
+from dmd_jax.method.randomness import Role
 from dmd_jax.method.schedules import NoiseSchedule, expand
 from dmd_jax.objectives.objective import Objective, Player, Seen, need
 from dmd_jax.objectives.optimizers import AdamW, adamw
@@ -20,7 +21,6 @@ from dmd_jax.parallel.sharding import MIN_SHARDED_SIZE, make_mesh
 from dmd_jax.reporting.metrics import read_metrics
 from dmd_jax.storage.checkpoints import Checkpoints
 from dmd_jax.teachers.teacher import Teacher
-from dmd_jax.training.state import Role
 
 SHAPE, WIDTH = (4, 4, 1), 64
 

@@ -7,8 +7,8 @@ import pytest
 from commands import succeeds
 
 from dmd_jax.data.pair_shards import PairSource
+from dmd_jax.method.randomness import Role
 from dmd_jax.sampling.draws import draw_labels, draw_latents
-from dmd_jax.training.state import Role
 
 SHAPE, CLASSES = (4, 3, 2), 10
 

@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmd_jax.distillation.from_config import shardings_of
-from dmd_jax.distillation.program import abstract_program, model_flops
+from dmd_jax.distillation.program import abstract_program
 from dmd_jax.models import complete
 from dmd_jax.parallel.sharding import bytes_a_device
 from dmd_jax.performance.benchmark.random_arrays import in_host_memory, random_batch, random_weights
+from dmd_jax.performance.flops import model_flops
 
 
 class OwnStep:

@@ -9,7 +9,7 @@ import numpy as np
 
 from dmd_jax.errors import first_line
 from dmd_jax.performance.benchmark.timing import Work, in_turns, ratio, summary
-from dmd_jax.reporting.metrics import Pace
+from dmd_jax.progress import Pace
 
 OURS = "dmd_jax"
 WARM_UP = 2

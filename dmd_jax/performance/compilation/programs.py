@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dmd_jax.config import named_stages
 from dmd_jax.distillation.from_config import check_batches, computation_of
-from dmd_jax.distillation.program import abstract_program, model_flops
+from dmd_jax.distillation.program import abstract_program
 from dmd_jax.parallel.sharding import (
     batch_sharding,
     bytes_a_device,
@@ -20,7 +20,7 @@ from dmd_jax.parallel.sharding import (
     replicated,
     with_shardings,
 )
-from dmd_jax.performance.flops import count_flops
+from dmd_jax.performance.flops import count_flops, model_flops
 from dmd_jax.sampling.devices import LocalDevices
 from dmd_jax.sampling.maker import x0_maker
 from dmd_jax.teachers.families import family_of, networks_of
