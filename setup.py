@@ -62,7 +62,7 @@ setup(
             *GCS,
             *TEXT,
         ],
-        # The oracle of some tests, and the peer of `dmd-jax bench`; why this release is said in
+        # The oracle of some tests, and the peers of `dmd-jax bench`; why this release is said in
         # tests/requirements-torch.txt.
         "torch": ["diffusers>=0.40", "torch==2.13.0", *TEXT],
     },

@@ -21,8 +21,8 @@ folder=$(cd "$folder" && pwd -P)
 bench() { # NAME ARGUMENT…
   local result=$folder/$1.json
   [ -e "$result" ] ||
-    "$environment/bin/dmd-jax" bench --json "$result" --peer torch --peer torch-compile \
-      --separately "${@:2}"
+    PYTHONPATH=$checkout "$environment/bin/dmd-jax" bench --json "$result" --separately \
+      --peer tests.torch_peer:eager --peer tests.torch_peer:compiled "${@:2}"
 }
 
 fashion_mnist() { # CONFIG IMAGES SAMPLES EVALUATE [OVERRIDE…]

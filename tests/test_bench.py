@@ -55,7 +55,11 @@ def test_bad_input(capsys, tmp_path):
     line = fails(capsys, *command, "--config.batch_size=12")
     assert "config.batch_size=12 does not divide over 8 devices" in line
     assert "did you mean batch_size?" in fails(capsys, *command, "--config.batch_sise=8")
-    assert "invalid choice: 'numpy'" in fails(capsys, *command, "--peer", "numpy")
+    assert "--peer numpy; expected MODULE:FUNCTION" in fails(capsys, *command, "--peer", "numpy")
+    line = fails(capsys, *command, "--peer", "numpy:no_such")
+    assert "--peer numpy:no_such: numpy has no function no_such; expected one" in line
+    line = fails(capsys, *command, "--peer", "no_such:eager")
+    assert "no_such:eager: ModuleNotFoundError: No module named 'no_such'; expected a" in line
     assert "expected a path on this host" in fails(capsys, *command, "--json", "gs://a/b.json")
     assert "no such file" in fails(capsys, "bench", "--config", tmp_path / "none.py")
     occupied = tmp_path / "file"
@@ -68,7 +72,7 @@ def test_bad_input(capsys, tmp_path):
 def test_beside_pytorch_and_where_it_cannot_compile(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     argv = ["bench", "--config", TINY, "--steps", 2, "--json", path]
-    argv += ["--peer", "torch", "--peer", "torch-compile"]
+    argv += ["--peer", "tests.torch_peer:eager", "--peer", "tests.torch_peer:compiled"]
     monkeypatch.setenv("CXX", "/no/such/compiler")
     output = finish(start(*argv, devices=1))
     (heat,) = json.loads(path.read_text())["heats"]
@@ -78,10 +82,12 @@ def test_beside_pytorch_and_where_it_cannot_compile(tmp_path, monkeypatch):
     )
     assert eager["ratio"]["p10"] <= eager["ratio"]["p90"]
     assert set(compiled) == {"name", "error"}
-    assert "torch-compile did not run: " in output
+    assert "tests.torch_peer:compiled did not run: " in output
 
 
 @pytest.mark.torch
 def test_pytorch_takes_one_device(capsys):
-    line = fails(capsys, "bench", "--config", TINY, "--peer", "torch", "--steps", 1)
+    line = fails(
+        capsys, "bench", "--config", TINY, "--peer", "tests.torch_peer:eager", "--steps", 1
+    )
     assert "--peer on 8 devices; expected one" in line

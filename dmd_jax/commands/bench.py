@@ -1,19 +1,18 @@
-"""`dmd-jax bench`: how fast a config's step or its images are here, and beside PyTorch."""
+"""`dmd-jax bench`: how fast a config's step or its images are here, and beside others'."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
+import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmd_jax.commands.arguments import add_process_arguments
@@ -30,9 +29,8 @@ from dmd_jax.reporting.provenance import command_line, machine
 from dmd_jax.storage.files import local_path, write_json
 from dmd_jax.teachers.text_parts import DECODERS
 
-# Name -> whether it goes through torch.compile.
-PEERS = {"torch": False, "torch-compile": True}
-_TORCH = ("torch", "diffusers", "transformers")  # what peers import
+# (config, our side) -> what makes the peer of it.
+Peer = Callable[[ConfigDict, OwnStep | OwnImages], Callable[[], Rival]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,10 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--peer",
-        choices=tuple(PEERS),
+        metavar="MODULE:FUNCTION",
         action="append",
         default=[],
-        help="the same in PyTorch, eager or compiled, in turns with ours; may be given twice",
+        help="the same by a function, in turns with ours; the checkout's tests.torch_peer:eager "
+        "and tests.torch_peer:compiled are PyTorch; may be given several times",
     )
     parser.add_argument(
         "--separately",
@@ -78,9 +77,9 @@ def run(args: argparse.Namespace) -> None:
         values = {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
         return config, {"command": "bench", "what": args.what, "steps": args.steps, **values}
 
-    if args.peer:
-        _check_torch()
-        # JAX would else take three quarters of a GPU's memory before PyTorch gets any.
+    peers = {name: _peer(name) for name in args.peer}
+    if peers:
+        # JAX would else take three quarters of a GPU's memory before another library gets any.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     config = join_processes(args, prepare)
     devices = {"train": jax.device_count(), "sample": jax.local_device_count(), "latency": 1}
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
         "compute_dtype": config.compute_dtype,
         "matmul_precision": config.matmul_precision,
         "devices": devices[args.what],
-        "heats": [run_heat(heat, args.steps, **options) for heat in _heats(config, args)],
+        "heats": [run_heat(heat, args.steps, **options) for heat in _heats(config, args, peers)],
     }
     if jax.process_index() == 0:
         print(table(results))
@@ -110,12 +109,14 @@ def _tell(line: str) -> None:
         print(f"bench: {line}", file=sys.stderr, flush=True)
 
 
-def _heats(config: ConfigDict, args: argparse.Namespace) -> Iterator[Heat]:
+def _heats(
+    config: ConfigDict, args: argparse.Namespace, peers: Mapping[str, Peer]
+) -> Iterator[Heat]:
     """One after the other, so that each has the devices for itself."""
     if args.what == "train":
         mesh = mesh_of(config)
         check_batches(config, mesh, "config")
-        yield _step_heat(config, mesh, args.peer)
+        yield _heat("training step", config, OwnStep(config, mesh), peers)
         return
     devices = jax.local_devices()
     # Rounded up to a multiple of the devices, as `dmd-jax sample` does.
@@ -126,37 +127,22 @@ def _heats(config: ConfigDict, args: argparse.Namespace) -> Iterator[Heat]:
     if config.teacher.text_encoder:
         names = [name for name in DECODERS if config.teacher[name]]
     for decoder in names:
-        options = {"count": count, "decoder": decoder, "devices": devices}
-        yield _images_heat(config, args.peer, options)
+        title = "to pixels in one step" + (f", by {decoder}" if decoder else "")
+        own = OwnImages(config, count=count, decoder=decoder, devices=devices)
+        yield _heat(title, config, own, peers)
 
 
-def _step_heat(config: ConfigDict, mesh: Mesh, names: Sequence[str]) -> Heat:
-    own, peers = OwnStep(config, mesh), {}
-    if names:
-        from dmd_jax.performance.benchmark.torch_peers import step_peer
-
-        peers = _named(names, step_peer(config, own))
-    return Heat("training step", own.images, own.flops, functools.partial(_rival, own), peers)
-
-
-def _images_heat(config: ConfigDict, names: Sequence[str], options: dict[str, Any]) -> Heat:
-    own, peers, decoder = OwnImages(config, **options), {}, options["decoder"]
-    if names:
-        from dmd_jax.performance.benchmark.torch_peers import images_peer
-
-        peers = _named(names, images_peer(config, own, decoder))
-    title = "to pixels in one step" + (f", by {decoder}" if decoder else "")
-    return Heat(title, own.images, own.flops, functools.partial(_rival, own), peers)
+def _heat(
+    title: str, config: ConfigDict, own: OwnStep | OwnImages, peers: Mapping[str, Peer]
+) -> Heat:
+    makers = {name: peer(config, own) for name, peer in peers.items()}
+    return Heat(title, own.images, own.flops, functools.partial(_rival, own), makers)
 
 
 def _rival(own: OwnStep | OwnImages) -> Rival:
     with _fitting():
         own.prepare()
     return Rival(own, own.facts, own.release)
-
-
-def _named(names: Sequence[str], make: Callable[[bool], Rival]) -> dict[str, Callable[[], Rival]]:
-    return {name: functools.partial(make, PEERS[name]) for name in names}
 
 
 @contextmanager
@@ -173,10 +159,25 @@ def _fitting() -> Iterator[None]:
         ) from error
 
 
-def _check_torch() -> None:
-    missing = [name for name in _TORCH if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f'--peer needs {", ".join(missing)}; expected pip install "dmd_jax[torch]"')
+def _peer(name: str) -> Peer:
+    """The function of MODULE:FUNCTION.
+
+    Raises:
+      UserError: there is none, or its module cannot be imported.
+    """
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise UserError(f"--peer {name}; expected MODULE:FUNCTION")
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except Exception as error:  # whatever a module raises while it is imported
+        raise UserError(
+            f"--peer {name}: {type(error).__name__}: {first_line(error)}; expected a module on the "
+            'Python path whose libraries are installed, as by pip install "dmd_jax[torch]"'
+        ) from error
+    if not callable(found):
+        raise UserError(f"--peer {name}: {module} has no function {function}; expected one")
+    return found
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:

@@ -85,8 +85,7 @@ def in_torch(params) -> dict[str, np.ndarray]:
 def draws_of(config, key, step: int):
     """What make_train_step draws, as torch_step.Draws."""
     import torch
-
-    from dmd_jax.performance.benchmark.torch_step import Draws
+    from torch_peer.step import Draws
 
     denoiser = build_denoiser(config.network.to_dict())
     shape, schedule = denoiser.sample_shape, denoiser.schedule

@@ -4,11 +4,10 @@ from parity import text_config
 
 from dmd_jax.config import load_config
 from dmd_jax.distillation.from_config import mesh_of
-from dmd_jax.distillation.program import model_flops
 from dmd_jax.method.schedules import edm_level
 from dmd_jax.models import abstract_params, build_denoiser
 from dmd_jax.performance.benchmark.own_step import OwnStep
-from dmd_jax.performance.flops import count_flops
+from dmd_jax.performance.flops import count_flops, model_flops
 
 
 def test_the_step_goes_on_from_its_own_state():

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dmd_jax import progress
 from dmd_jax.performance.benchmark import rivals, timing
 from dmd_jax.performance.benchmark.rivals import Heat, Rival, run_heat
 from dmd_jax.performance.benchmark.table import table
-from dmd_jax.reporting import metrics
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def machine(monkeypatch):
         return timing.in_turns(works, rounds, clock=lambda: state["now"], **options)
 
     monkeypatch.setattr(rivals, "in_turns", in_turns)
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: state["now"]))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: state["now"]))
     return rival, state["log"]
 
 

@@ -38,9 +38,9 @@ def drawn(shapes):
 )
 def test_denoisers(network):
     import torch
+    from torch_peer.networks import Denoiser, load_params, to_nchw
 
     from dmd_jax.models import complete
-    from dmd_jax.performance.benchmark.torch_networks import Denoiser, load_params, to_nchw
 
     params = drawn(abstract_params(network))
     ours = build_denoiser(network)
@@ -65,9 +65,8 @@ def test_denoisers(network):
 @pytest.mark.parametrize(("pooling", "resolution"), [("average", None), ("max", 20)])
 def test_lpips(pooling, resolution):
     import torch
-
-    from dmd_jax.performance.benchmark.torch_lpips import LPIPS
-    from dmd_jax.performance.benchmark.torch_networks import load_params, to_nchw
+    from torch_peer.lpips import LPIPS
+    from torch_peer.networks import load_params, to_nchw
 
     params = drawn(lpips_template())
     x, y = np.random.default_rng(0).uniform(-1, 1, (2, 2, 16, 16, 3)).astype(np.float32)
@@ -82,8 +81,7 @@ def test_lpips(pooling, resolution):
 @pytest.mark.parametrize("decoder", ["taesd", "vae"])
 def test_pixels_of_tokens(monkeypatch, decoder):
     import torch
-
-    from dmd_jax.performance.benchmark.torch_images import TorchImages
+    from torch_peer.images import TorchImages
 
     monkeypatch.setattr(own_images, "random_weights", drawn_weights)
     config = text_config()
@@ -100,7 +98,7 @@ def test_pixels_of_tokens(monkeypatch, decoder):
 
 
 def test_networks_without_a_peer_are_refused():
-    from dmd_jax.performance.benchmark.torch_networks import build_torch
+    from torch_peer.networks import build_torch
 
     with pytest.raises(UserError, match="network mlp has no peer in PyTorch; expected one of"):
         build_torch({"name": "mlp", "dim": 2})
@@ -109,7 +107,7 @@ def test_networks_without_a_peer_are_refused():
 
 
 def test_parameters_that_do_not_fit_are_refused():
-    from dmd_jax.performance.benchmark.torch_networks import build_torch, load_params
+    from torch_peer.networks import build_torch, load_params
 
     params = jax.device_get(drawn(abstract_params(SONGUNET)))
     del params["map_layer0"]["bias"]

@@ -27,8 +27,7 @@ UPDATE_TOLERANCE = 3e-3
 def both(monkeypatch):
     """Our step and its peer, with the same drawn weights and the same batch."""
     import torch
-
-    from dmd_jax.performance.benchmark.torch_step import TorchStep
+    from torch_peer.step import TorchStep
 
     monkeypatch.setattr(own_step, "random_weights", drawn_weights)
 
@@ -146,8 +145,7 @@ def test_step_of_text_with_guidance_lpips_and_the_pairs_in_the_matching_loss(bot
 def test_options_of_the_step_change_it():
     """Each option that the peer reads is one that its losses depend on."""
     import torch
-
-    from dmd_jax.performance.benchmark.torch_losses import matching_gradient
+    from torch_peer.losses import matching_gradient
 
     x, real, fake = torch.randn(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     level = (torch.tensor([0.5, 0.9]), torch.tensor([0.8, 0.4]), torch.zeros(2))

@@ -54,6 +54,7 @@ class OwnImages:
     ):
         mesh = make_mesh(devices=devices)
         whole, self._rows = replicated(mesh), batch_sharding(mesh)
+        self.decoder = decoder
         networks = networks_of(config, decoder)
         teacher = family_of(config.network).build(networks, **computation_of(config))
         shapes = abstract_frozen(networks)

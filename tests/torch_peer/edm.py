@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dmd_jax.errors import UserError
-from dmd_jax.performance.benchmark.torch_layers import GroupNorm, UNetBlock, positional_embedding
+
+from .layers import GroupNorm, UNetBlock, positional_embedding
 
 # What DDPM++ is among the variants of SongUNet; NCSN++ has no peer here.
 _DDPMPP = {

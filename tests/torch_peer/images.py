@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from dmd_jax.models import build_denoiser, complete
-from dmd_jax.performance.benchmark.torch_losses import decoded
-from dmd_jax.performance.benchmark.torch_networks import (
+
+from .losses import decoded
+from .networks import (
     Denoiser,
     Schedule,
     autocast,

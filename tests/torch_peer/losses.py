@@ -9,8 +9,8 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-from dmd_jax.performance.benchmark.torch_lpips import LPIPS
-from dmd_jax.performance.benchmark.torch_networks import Level, build_torch, frozen, load_params
+from .lpips import LPIPS
+from .networks import Level, build_torch, frozen, load_params
 
 
 def diffused(x: Tensor, noise: Tensor, level: Level) -> Tensor:

@@ -1,4 +1,9 @@
-"""Rivals in PyTorch, with the weights and the inputs of our side."""
+"""Peers of `dmd-jax bench` in PyTorch, with the weights and the inputs of our side.
+
+    PYTHONPATH=. dmd-jax bench --config FILE --peer tests.torch_peer:eager
+
+times the same step, or the same images, written as one would write them in PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -14,36 +19,39 @@ from dmd_jax.errors import UserError
 from dmd_jax.performance.benchmark.own_images import OwnImages
 from dmd_jax.performance.benchmark.own_step import OwnStep
 from dmd_jax.performance.benchmark.rivals import Rival
-from dmd_jax.performance.benchmark.torch_images import TorchImages
-from dmd_jax.performance.benchmark.torch_step import TorchStep
+
+from .images import TorchImages
+from .step import TorchStep
 
 
-def step_peer(config: ConfigDict, own: OwnStep) -> Callable[[bool], Rival]:
-    """Whether it is compiled -> the peer of a train step.
+def eager(config: ConfigDict, own: OwnStep | OwnImages) -> Callable[[], Rival]:
+    """The peer of a training step, or of the one-step generator's images.
 
     Raises:
       UserError: PyTorch has not the one device that JAX has.
     """
+    return _peer(config, own, compiled=False)
+
+
+def compiled(config: ConfigDict, own: OwnStep | OwnImages) -> Callable[[], Rival]:
+    """As `eager`, with its networks sent through torch.compile."""
+    return _peer(config, own, compiled=True)
+
+
+def _peer(config: ConfigDict, own: OwnStep | OwnImages, *, compiled: bool) -> Callable[[], Rival]:
     device = torch_device(config.matmul_precision)
 
-    def make(compiled: bool) -> Rival:
+    def of_step() -> Rival:
         params, batch = own.on_host()
         step = TorchStep(config, params, device=device, compiled=compiled)
         rows = step.to_device(batch)
         return _rival([lambda: step(rows)], device)
 
-    return make
-
-
-def images_peer(config: ConfigDict, own: OwnImages, decoder: str | None) -> Callable[[bool], Rival]:
-    """Likewise of the one-step generator."""
-    device = torch_device(config.matmul_precision)
-
-    def make(compiled: bool) -> Rival:
-        options = {"decoder": decoder, "device": device, "compiled": compiled}
+    def of_images() -> Rival:
+        options = {"decoder": own.decoder, "device": device, "compiled": compiled}
         return _rival([TorchImages(config, *own.on_host(), **options)], device)
 
-    return make
+    return of_step if isinstance(own, OwnStep) else of_images
 
 
 def torch_device(precision: str) -> torch.device:

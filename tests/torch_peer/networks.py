@@ -20,7 +20,8 @@ from dmd_jax.convert.torch_layout import to_torch, torch_key
 from dmd_jax.errors import UserError
 from dmd_jax.method.schedules import NoiseSchedule
 from dmd_jax.models import build_network, complete
-from dmd_jax.performance.benchmark.torch_edm import DhariwalUNet, SongUNet
+
+from .edm import DhariwalUNet, SongUNet
 
 # Noise levels of a batch: alpha, sigma and time, [B] each.
 Level = tuple[Tensor, Tensor, Tensor]

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from dmd_jax.config import settings_of
 from dmd_jax.models import build_denoiser, complete
-from dmd_jax.performance.benchmark.torch_losses import (
+
+from .losses import (
     Distance,
     denoising_loss,
     diffused,
     matching_gradient,
     matching_loss,
 )
-from dmd_jax.performance.benchmark.torch_networks import (
+from .networks import (
     Denoiser,
     Level,
     Schedule,
