@@ -68,7 +68,7 @@ def test_the_stored_adm_network_through_the_command(golden, tmp_path):
 
 def test_the_builder_as_a_command_and_the_teacher_sampled(tmp_path):
     network = load_config(str(TINY), []).network.to_dict()
-    build = [sys.executable, ROOT / "tests" / "edm_pickle.py", "--config", TINY]
+    build = [sys.executable, ROOT / "tests" / "helpers" / "edm_pickle.py", "--config", TINY]
     subprocess.run([*build, tmp_path / "net.pkl"], check=True, cwd=tmp_path)
     succeeds("convert", "edm", tmp_path / "net.pkl", tmp_path / "net")
     weights = load_weights(tmp_path / "net")

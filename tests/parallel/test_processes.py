@@ -19,7 +19,7 @@ from dmd_jax.storage.checkpoints import restore_subtree
 from dmd_jax.storage.weights import load_weights
 
 HOST = socket.gethostname()
-SMALL = (ROOT / "tests" / "small_teacher.py",)
+SMALL = (ROOT / "tests" / "helpers" / "small_teacher.py",)
 OFTEN = ("--config.checkpoint_every=3", "--config.log_every=1", "--config.picture_every=100000")
 
 
@@ -159,8 +159,8 @@ def test_processes_of_different_configs_write_nothing(tmp_path):
 
 
 def joined(several, count, *argv):
-    """So many processes of tests/waiting.py that have done a step."""
-    run = several(count, *argv, program=(ROOT / "tests" / "waiting.py",))
+    """So many processes of tests/helpers/waiting.py that have done a step."""
+    run = several(count, *argv, program=(ROOT / "tests" / "helpers" / "waiting.py",))
     for process in run:
         assert process.stdout.readline() == "joined\n"
     return run

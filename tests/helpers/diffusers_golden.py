@@ -1,6 +1,6 @@
 """What PyTorch diffusers computes with weights drawn by key, as arrays for tests/golden.
 
-    python tests/models/diffusers_golden.py
+    python tests/helpers/diffusers_golden.py
 
 writes tests/golden/diffusers.npz. Its weights and inputs are drawn again wherever they are needed
 (torch_weights.draw_parameters, drawn_input), so that the file holds outputs alone, in NHWC, and
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent))
 
-from torch_weights import draw_parameters  # noqa: E402
+from torch_weights import draw_parameters
 
 PATH = Path(__file__).parents[1] / "golden" / "diffusers.npz"
 TIMES = np.array([999.0, 20.0], np.float32)

@@ -11,7 +11,7 @@ from commands import fails
 from dmd_jax.commands.cli import COMMANDS
 from dmd_jax.reporting.terminal import escaped, one_line
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DMD = f"{sys.executable} -m dmd_jax"
 
 

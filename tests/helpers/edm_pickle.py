@@ -1,6 +1,6 @@
 """Builds a pickle in the format of EDM's released networks, without PyTorch and without EDM.
 
-    python tests/edm_pickle.py --config configs/cifar10_cond.py OUT.pkl
+    python tests/helpers/edm_pickle.py --config configs/cifar10_cond.py OUT.pkl
 
 writes one with random weights for the config's network, so that the way from `dmd-jax convert edm`
 to a distilled generator can be tried before anything is downloaded. Weights are drawn per
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from torch_bytes import Call, Global, dump, legacy_storage, rebuilt, tensor  # noqa: E402
 

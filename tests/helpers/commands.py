@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dmd_jax.commands.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "configs" / "tiny.py"
 
 

@@ -1,6 +1,6 @@
 """Tokens against byte-pair encoding by hand, and against what PyTorch's pipeline gives its encoder.
 
-The numbers are those of tests/small_tokenizer.py: a letter inside a word is its byte - 33, at the
+The numbers are those of tests/helpers/small_tokenizer.py: a letter inside a word is its byte - 33, at the
 end of a word 256 more, and merge number m is 512 + m.
 """
 
@@ -19,7 +19,7 @@ from small_tokenizer import END, MERGES, VOCAB_SIZE, small_vocab, write_tokenize
 from dmd_jax.errors import UserError
 from dmd_jax.teachers.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 START_ID, END_ID = VOCAB_SIZE - 2, VOCAB_SIZE - 1
 WORDS = {word: 512 + MERGES.index(merge) for word, merge in (
     *(("cat", "ca t</w>"), ("dog", "do g</w>"), ("the", "th e</w>"), ("and", "an d</w>")),

@@ -1,6 +1,6 @@
 """The whole U-Net of Stable Diffusion v1.5, 859,520,964 random weights, against PyTorch diffusers.
 
-    python tests/models/full_size_unet.py [--size 16]
+    python tests/helpers/full_size_unet.py [--size 16]
 
 prints the largest difference between the outputs in float32, relative to the largest magnitude, and
 exits with 1 where it is 5e-5 or more. It needs tests/requirements-torch.txt, about 10 GB of memory
@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from diffusers_golden import drawn_input  # noqa: E402
 from torch_weights import draw_parameters, params_of, relative_error  # noqa: E402

@@ -1,6 +1,6 @@
 """A whole Stable Diffusion folder with small random weights.
 
-    python tests/diffusers_folder.py FOLDER [--by-diffusers [--v2]]
+    python tests/helpers/diffusers_folder.py FOLDER [--by-diffusers [--v2]]
 
 writes it without PyTorch (`write_folder`), all names and shapes coming from our networks, or has
 diffusers itself write it (`save_pipeline`), which is the proof.
@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "models")]
+sys.path.insert(0, str(Path(__file__).parent))
 
-from edm_pickle import drawn  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
-from small_tokenizer import VOCAB_SIZE, write_tokenizer  # noqa: E402
+from edm_pickle import drawn
+from safetensors.numpy import load_file, save_file
+from small_tokenizer import VOCAB_SIZE, write_tokenizer
 
 UNET = {
     "sample_size": 8,

@@ -6,11 +6,11 @@ A CPU multiplies in float32 whatever the precision is: no number that it compute
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from commands import ROOT
 from diffusers_folder import TAESD, TEXT, UNET, UNET_V2, VAE
 from jax import lax
 from products import products_of
@@ -32,8 +32,8 @@ from dmd_jax.teachers.edm import edm_teacher
 from dmd_jax.teachers.stable_diffusion import STABLE_DIFFUSION
 from dmd_jax.training.train_step import initial_state, make_train_step
 
-TINY = str(Path(__file__).parent / "configs" / "tiny.py")
-TEXT_CONFIG = str(Path(__file__).parents[1] / "configs" / "sd15_tiny.py")
+TINY = str(ROOT / "tests" / "configs" / "tiny.py")
+TEXT_CONFIG = str(ROOT / "configs" / "sd15_tiny.py")
 EDM = {
     "img_resolution": 8,
     "in_channels": 3,
