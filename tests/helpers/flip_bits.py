@@ -2,7 +2,8 @@
 
 After each flip a command that reads the file must end with exit code 2 and a line, or with the
 result of the file as it was. A wrong line of metrics.jsonl, which nothing else depends on, may stay
-if it is told of. `PYTHONPATH=. python tests/helpers/flip_bits.py --flips 200` prints what came of each.
+if it is told of. `PYTHONPATH=. python tests/helpers/flip_bits.py --flips 200` prints what came of
+each.
 """
 
 import argparse

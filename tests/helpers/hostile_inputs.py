@@ -22,7 +22,7 @@ from pyarrow import parquet
 from safetensors.numpy import save
 from small_tokenizer import write_tokenizer
 
-from dmd_jax.config import SCHEMA
+from dmd_jax.config.files import SCHEMA
 from dmd_jax.convert.torch_file import load_state_dict
 from dmd_jax.data.images import open_images
 from dmd_jax.data.pair_shards import PairsMetadata, PairSource, write_pairs

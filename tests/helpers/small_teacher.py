@@ -11,7 +11,12 @@ from dmd_jax.method.schedules import NoiseSchedule
 
 small.SHAPE, small.CLASSES = (8, 8, 1), 10  # the digits'
 
+
+def build(network, **options):
+    # Made when it is asked for: processes join before JAX computes anything.
+    return Denoiser(small.init, small.denoise, small.SHAPE, small.CLASSES, NoiseSchedule.edm())
+
+
 if __name__ == "__main__":
-    denoiser = Denoiser(small.init, small.denoise, small.SHAPE, small.CLASSES, NoiseSchedule.edm())
-    teaching.build_denoiser = lambda network, **options: denoiser
+    teaching.build_denoiser = build
     sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """Tokens against byte-pair encoding by hand, and against what PyTorch's pipeline gives its encoder.
 
-The numbers are those of tests/helpers/small_tokenizer.py: a letter inside a word is its byte - 33, at the
-end of a word 256 more, and merge number m is 512 + m.
+The numbers are those of tests/helpers/small_tokenizer.py: a letter inside a word is its byte - 33,
+at the end of a word 256 more, and merge number m is 512 + m.
 """
 
 import json
