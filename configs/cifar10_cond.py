@@ -12,8 +12,7 @@ gives as 1.84 in 35 evaluations:
                      --out runs/cifar10_cond/fid.json
 
 Pairs: 100,000 from the deterministic Heun sampler in 18 steps, 2.5 GB. Training: batch 392 for each
-loss, 300,000 steps, which the paper did on 7 GPUs. README, "Reproduce the paper",
-says what to download.
+loss, 300,000 steps, which the paper did on 7 GPUs. configs/README.md says what to download.
 """
 
 from dmd_jax.config import default_config
@@ -36,7 +35,7 @@ def get_config():
         dropout=0.13,  # likewise; off here
     )
     # Float32's products in full: what coarser ones, "high" or bfloat16, do to the distance has not
-    # been measured. README, "Measured", has what they save.
+    # been measured. dmd_jax/performance/README.md has what they save.
     config.compute_dtype = "float32"
     config.matmul_precision = "highest"
 

@@ -21,7 +21,7 @@ def get_config():
     config = load_config(str(shipped_config("cifar10_cond")), [])
     config.network.label_dim = 0
     # Float32's products in full: what coarser ones, "high" or bfloat16, do to the distance has not
-    # been measured. README, "Measured", has what they save.
+    # been measured. dmd_jax/performance/README.md has what they save.
     config.compute_dtype = "float32"
     config.matmul_precision = "highest"
 

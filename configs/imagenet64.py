@@ -13,7 +13,7 @@ gives as 2.32 in 512 evaluations:
 
 Pairs: 25,000 from the deterministic Heun sampler in 256 steps, 2.5 GB. Training: batch 336 for each
 loss, 350,000 steps in mixed precision, which is bfloat16 here; the paper did it on 7 GPUs.
-README, "Reproduce the paper", says what to download.
+configs/README.md says what to download.
 """
 
 from dmd_jax.config import default_config

@@ -1,7 +1,7 @@
 """Text to image with a network of a few thousand parameters: the whole road in minutes on a CPU.
 
 Its weights are random, so its images are noise; what it shows is that every step of the road works
-and where its files are. The README, "Try the road", has the commands. Each part is as in
+and where its files are. configs/README.md, "Try the road", has the commands. Each part is as in
 sd15_laion625.py but for its size: 8x8 latents, 64x64 images.
 """
 

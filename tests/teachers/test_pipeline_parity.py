@@ -113,7 +113,9 @@ def test_the_readmes_lines_make_an_image_of_the_exported_unet(sd, tmp_path, monk
     import torch
 
     folder, _ = sd
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "configs" / "README.md").read_text(), re.DOTALL
+    )
     (lines,) = (block for block in blocks if "import DDIMScheduler" in block)
     # What is not here: the hub, and a trained generator.
     (hub_id,) = re.findall(r'"([\w-]+/[\w-]+)"', lines)
@@ -124,7 +126,7 @@ def test_the_readmes_lines_make_an_image_of_the_exported_unet(sd, tmp_path, monk
     torch.manual_seed(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exec(compile(lines, "README.md", "exec"), {})
+        exec(compile(lines, "configs/README.md", "exec"), {})
     (path,) = tmp_path.glob("*.png")
 
     torch.manual_seed(3)
