@@ -31,6 +31,7 @@ setup(
     install_requires=[
         "absl-py>=2",
         "array-record>=0.8",
+        "clu>=0.0.12",
         "flax>=0.12",
         "grain>=0.2.15",
         "jax>=0.10",

@@ -23,6 +23,7 @@ from dmd_jax.performance.compilation.programs import WHATS, Compilable, compilab
 from dmd_jax.performance.compilation.refusal import refusal
 from dmd_jax.performance.compilation.table import summary, table
 from dmd_jax.performance.compilation.topology import Chip, chip_of, devices_of, virtual_devices
+from dmd_jax.reporting.parameters import tell_parameters
 from dmd_jax.reporting.provenance import command_line
 from dmd_jax.storage.files import local_path, write_json
 from dmd_jax.storage.untrusted import read_json
@@ -147,6 +148,8 @@ def _one(args: argparse.Namespace, topology: str | None) -> dict[str, Any]:
         "topology": topology or f"{args.devices} virtual CPU devices",
         "slices": args.slices,
     } | program.facts
+    if args.dump is None:  # the process of --until-memory has told of them
+        tell_parameters("compile", "network", program.params)
     print(f"compile: {args.what} for {result['topology']}, which takes minutes", file=sys.stderr)
     if args.until_memory:
         return result | _until_memory(program, chip, args, topology)

@@ -21,6 +21,7 @@ from dmd_jax.distillation.setting import Method, Setting, data_of
 from dmd_jax.distillation.training_pictures import preview
 from dmd_jax.parallel.cpu_connections import introduce
 from dmd_jax.parallel.sharding import infer_shardings, on_rows, place
+from dmd_jax.reporting.parameters import tell_parameters
 from dmd_jax.reporting.profiling import add_profile_argument, profiled_steps
 from dmd_jax.storage.block_cache import add_cache_argument, limit_cache
 from dmd_jax.storage.weights import Weights, save_class_names, save_from_devices
@@ -73,6 +74,8 @@ def train(
     frozen = place(host, shardings_of(program.frozen))
     before = place(host_before, infer_shardings(host_before, mesh))
     objective = method.objective(config)
+    if jax.process_index() == 0:
+        tell_parameters(name, objective.kept, program.state.players[objective.kept].params)
 
     def stage(number: int) -> loop.Stage:
         until, part = stages[number]

@@ -37,6 +37,7 @@ class Program(NamedTuple):
     frozen: Any
     step: Callable[[ConfigDict], Step]  # a stage's config -> its jitted step
     batch: Callable[[ConfigDict], Any]  # and the batch that it takes
+    kept: str  # the player whose weights the run leaves
 
     def arguments(self, stage: ConfigDict) -> tuple[Any, ...]:
         """All that the stage's step takes."""
@@ -67,7 +68,8 @@ def program_of(
         for name, part in frozen.items()
     }
     frozen = with_shardings(frozen, shardings)
-    initialize = functools.partial(initial_state, method.objective(config), seed=config.seed)
+    objective = method.objective(config)
+    initialize = functools.partial(initial_state, objective, seed=config.seed)
     state = abstract_state(initialize, mesh, frozen, starts)
 
     def step(stage: ConfigDict) -> Step:
@@ -85,7 +87,7 @@ def program_of(
             whole = jax.eval_shape(method.ahead, before, whole)
         return on_rows(whole, mesh)
 
-    return Program(initialize, state, frozen, step, batch)
+    return Program(initialize, state, frozen, step, batch, objective.kept)
 
 
 def abstract_program(config: ConfigDict, mesh: Mesh) -> Program:

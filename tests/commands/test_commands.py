@@ -1,6 +1,7 @@
 """The commands from end to end on a tiny network: what they write, and that it can be used."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -66,6 +67,16 @@ def test_train_leaves_metrics_events_pictures_checkpoints_and_weights(trained):
     assert sorted(int(p.name) for p in (trained / "checkpoints").iterdir()) == [4, 8, 12]
     (events,) = (trained / "tensorboard").iterdir()
     assert b"loss_matching" in events.read_bytes()
+
+
+def test_a_run_begins_with_the_table_of_its_parameters(tiny, tmp_path, capsys):
+    succeeds("train", *tiny, "--workdir", tmp_path, "--config.steps=1", "--config.mesh.fsdp=4")
+    said = capsys.readouterr().err
+    params = load_weights(tmp_path).params
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert "train: the parameters of the generator" in said
+    assert f"Total: {count:,} -- {4 * count:,} bytes" in said
+    assert re.search(r"float32 \| [0-9,]+ +\| .*'fsdp'", said)
 
 
 def test_sample_makes_the_generators_images(trained, tmp_path):

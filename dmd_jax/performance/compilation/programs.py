@@ -35,6 +35,7 @@ class Compilable(NamedTuple):
     lower: Callable[[], Any]  # -> jax.stages.Lowered
     flops: Callable[[], int]  # on all devices, without what is computed again for memory
     facts: dict[str, Any]  # JSON-able: "devices", "mesh", "images" and what else describes it
+    params: Any  # of the network, as ShapeDtypeStructs with shardings
 
 
 def compilable(config: ConfigDict, what: str, devices: Sequence[jax.Device]) -> Compilable:
@@ -67,6 +68,7 @@ def _training(config: ConfigDict, mesh: Mesh) -> Compilable:
         lower=lambda: program.step(stage).lower(*program.arguments(stage)),
         flops=lambda: model_flops(stage),
         facts=facts,
+        params=program.state.players[program.kept].params,
     )
 
 
@@ -111,4 +113,5 @@ def _sampling(config: ConfigDict, what: str, devices: Sequence[jax.Device]) -> C
         lower=lambda: jitted.lower(*placed),
         flops=lambda: count_flops(function, *placed),
         facts=facts,
+        params=placed[0]["network"],
     )
