@@ -38,7 +38,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_imports_run_one_way():
-    others = {"README.md", "__pycache__", "assets"}
+    others = {"README.md", "py.typed", "__pycache__", "assets"}
     rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()} - others
     assert rooms == {*ORDER, "__init__", "__main__"}
     wrong = [
