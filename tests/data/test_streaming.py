@@ -189,20 +189,26 @@ def test_threads_that_want_the_same_fetch_it_once(gcs, pairs, monkeypatch):
 
 
 class Watched:
-    """Slows the requests to the bucket down and counts them; most: those at the same time."""
+    """Counts the requests to the bucket; most: those at the same time.
 
-    def __init__(self, monkeypatch):
+    Each waits for a moment, or until there have been more than `awaited` at the same time, half a
+    minute in all.
+    """
+
+    def __init__(self, monkeypatch, awaited=0):
         self.requests = self.most = self.peak = self._running = 0
-        lock, read_range = threading.Lock(), BucketPath.read_range
+        changed, read_range = threading.Condition(), BucketPath.read_range
+        deadline = time.monotonic() + 30
 
         def watched(*arguments):
-            with lock:
+            with changed:
                 self.requests += 1
                 self._running += 1
                 self.most = max(self.most, self._running)
                 self.peak = max(self.peak, on_disk())
-            time.sleep(0.02)
-            with lock:
+                changed.notify_all()
+                wait = max(deadline - time.monotonic(), 0) if awaited else 0.02
+                changed.wait_for(lambda: awaited and self.most > awaited, wait)
                 self._running -= 1
             return read_range(*arguments)
 
@@ -213,12 +219,12 @@ def test_records_of_a_batch_are_asked_for_at_the_same_time(pairs, monkeypatch):
     here, folder = pairs
     limit_cache(1e-9)
     source = open_pairs(folder)
-    watched = Watched(monkeypatch)
+    watched = Watched(monkeypatch, awaited=8)  # the loader has four threads
     expected = batches(open_pairs(here), batch_size=24, seed=3)
     found = batches(source, batch_size=24, seed=3)
     for _ in range(10):  # more than an epoch
         assert_same(next(found), next(expected))
-    assert watched.most > 8  # the loader has four threads
+    assert watched.most > 8
 
 
 def test_a_folder_that_fits_in_half_of_the_cache_is_copied_whole(gcs, pairs):

@@ -126,7 +126,7 @@ def one_torch_thread():
 def small_unets():
     """One U-Net: its denoiser, compiled alone, its parameters, and it in PyTorch."""
     import diffusers
-    from models.torch_weights import draw_parameters, params_of
+    from torch_weights import draw_parameters, params_of
 
     options = {
         "block_out_channels": [8, 16],
