@@ -21,6 +21,7 @@ class Option(NamedTuple):
     least: float | None = None  # the smallest value, itself allowed
     above: float | None = None  # a lower bound that is not allowed itself
     most: float | None = None  # the largest value, itself allowed
+    below: float | None = None  # an upper bound that is not allowed itself
     choices: tuple[str, ...] = ()
     may_change: bool = False  # when a run goes on
     when_asked: bool = False  # when a run goes on, by an override of the command that does so
@@ -56,7 +57,9 @@ def defaults_of(kind: type) -> dict[str, Any]:
         if Option in field.metadata:
             made = field.default_factory is not dataclasses.MISSING
             value = field.default_factory() if made else field.default
-            values[field.name] = dataclasses.asdict(value) if _is_settings(value) else value
+            values[field.name] = (
+                dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            )
     return values
 
 
@@ -72,12 +75,20 @@ def make(kind: type[Settings], values: Mapping[str, Any], where: str, **given: A
       UserError: a value of another type, or out of range.
     """
     options = options_of(kind)
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in {**values, **given} and _has_no_default(field)
+    ]
+    if missing or values.keys() - options.keys():
+        unknown = sorted(map(str, values.keys() - options.keys()))
+        raise UserError(f"{where}: missing keys {missing}, unknown keys {unknown}")
     checked = {name: _checked(*options[name], v, f"{where}.{name}") for name, v in values.items()}
     return kind(**checked, **given)
 
 
-def _is_settings(value: Any) -> bool:
-    return dataclasses.is_dataclass(value)
+def _has_no_default(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _checked(of: Option, hint: Any, value: Any, where: str) -> Any:
@@ -88,7 +99,7 @@ def _checked(of: Option, hint: Any, value: Any, where: str) -> Any:
     """
     if isinstance(hint, types.UnionType):  # X | None
         return None if value is None else _checked(of, typing.get_args(hint)[0], value, where)
-    if _is_settings(hint):
+    if dataclasses.is_dataclass(hint):
         return make(hint, _of_type(value, Mapping, "a dict", where), where)
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin is dict:
@@ -120,7 +131,11 @@ def _of_type(value: Any, kind: type, expected: str, where: str) -> Any:
 def _number(of: Option, kind: type, value: Any, where: str) -> int | float:
     """A finite number in the option's range."""
     real = {int: numbers.Integral, float: numbers.Real}[kind]
-    if not isinstance(value, real) or isinstance(value, bool) or not math.isfinite(value):
+    fits = isinstance(value, real) and not isinstance(value, bool)
+    if fits:  # a whole number may be larger than any float
+        whole = isinstance(value, numbers.Integral)
+        fits = abs(value) < 1 << 63 if whole else math.isfinite(value)
+    if not fits:
         number = {int: "a whole number", float: "a finite number"}[kind]
         raise UserError(f"{where} is {value!r:.200}; expected {number}")
     if of.least is not None and value < of.least:
@@ -129,4 +144,6 @@ def _number(of: Option, kind: type, value: Any, where: str) -> int | float:
         raise UserError(f"{where} is {value}; expected more than {of.above}")
     if of.most is not None and value > of.most:
         raise UserError(f"{where} is {value}; expected at most {of.most}")
+    if of.below is not None and value >= of.below:
+        raise UserError(f"{where} is {value}; expected less than {of.below}")
     return kind(value)

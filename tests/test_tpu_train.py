@@ -163,8 +163,8 @@ def test_a_tpu_that_was_there_is_used_and_kept(bench):
     assert "tpu-vm create" not in bench.verbs() and "tpu-vm delete" not in bench.verbs()
     assert "my-tpu stays" in err
     code = bench.cloud.home("my-tpu", 1) / "dmd_jax" / "code"
-    assert (code / "dmd_jax" / "train.py").read_bytes() == (
-        ROOT / "dmd_jax" / "train.py"
+    assert (code / "dmd_jax" / "commands" / "train.py").read_bytes() == (
+        ROOT / "dmd_jax" / "commands" / "train.py"
     ).read_bytes()
     assert not list(code.rglob("__pycache__"))
     _, err = bench.run(*ZONE, *bench.common, "--type", "v4-8", code=1)

@@ -107,7 +107,10 @@ def run(args: argparse.Namespace) -> None:
         results.append(_one(args, topology))
         print(table(results[-1]), end="\n\n", flush=True)
         if args.json is not None:
-            write_json(args.json, results)
+            try:
+                write_json(args.json, results)
+            except OSError as error:
+                raise UserError(f"--json {args.json} cannot be written: {error}") from error
     if len(results) > 1:
         print(summary(results))
     if not all(result.get("fits", True) for result in results):
@@ -219,7 +222,7 @@ def _mesh(text: str) -> dict[str, int]:
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in AXES or not size.lstrip("-").isdigit():
+        if axis not in AXES or axis in sizes or not size.removeprefix("-").isdecimal():
             raise UserError(f"--mesh {text}; expected such as data=1,fsdp=64")
         sizes[axis] = int(size)
     return sizes

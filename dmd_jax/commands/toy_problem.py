@@ -161,7 +161,14 @@ def _check(config: ConfigDict, mesh: Mesh) -> None:
     """Raises a UserError that names the first value that cannot be."""
     if config.toy is None:
         raise UserError("the config has no part toy; expected configs/toy2d.py or one like it")
-    toy = config.toy
+    toy, objective = config.toy, config.objective
+    if config.stages or any(config.start.values()):
+        raise UserError("config.stages or config.start is set; expected neither, as `toy` has none")
+    if objective.match_reference or not objective.use_fake_score or not objective.matching_weight:
+        raise UserError(
+            "config.objective: match_reference is set, use_fake_score is not, or matching_weight "
+            "is 0; expected the method as it is, of which the panels leave out parts themselves"
+        )
     if config.steps == 0:
         raise UserError("config.steps is 0; expected at least 1")
     for key, other in (("steps", "log_every"), ("log_every", "objective.generator_every")):

@@ -23,9 +23,9 @@ def check_keys(config: ConfigDict) -> None:
     """Raises a UserError that names an unknown objective, or every unknown key."""
     objective = config.get("objective")
     name = objective.get("name") if isinstance(objective, ConfigDict) else None
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise UserError(f"config.objective.name is {name!r}; expected one of {', '.join(KINDS)}")
-    keys = [key for key in flatten(config.to_dict()) if option_of(key, name) is None]
+    keys = [key for key in _walk(config.to_dict()) if option_of(key, name) is None]
     if keys:
         raise UserError("; ".join(unknown(key, config) for key in keys))
 
@@ -37,6 +37,7 @@ def check_values(config: ConfigDict, where: str = "config") -> None:
       where: the config's name in the message, such as "config.stages[0]".
     """
     values = config.to_dict()
+    flatten(values)  # config.json takes all of them
     make(Run, values, where)
     options = dict(values["objective"])
     kind = KINDS[options.pop("name")]
@@ -101,12 +102,16 @@ def settings_of(config: ConfigDict) -> Any:
 
 def lasting(config: ConfigDict) -> dict[str, Any]:
     """The values, by their dotted names, that make a run what it is: all that may not change."""
-    objective = config.objective.name
-    return {
-        key: value
-        for key, value in flatten(config.to_dict()).items()
-        if not option_of(key, objective).may_change
-    }
+
+    def fixed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: value
+            for key, value in values.items()
+            if key == "until" or not option_of(key, config.objective.name).may_change
+        }
+
+    values = fixed(flatten(config.to_dict()))
+    return values | {"stages": [fixed(stage) for stage in values["stages"]]}
 
 
 def when_asked(values: Mapping[str, Any], objective: str) -> set[str]:
@@ -141,5 +146,20 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             # JSON knows no tuples, at any depth.
-            flat[prefix + key] = json.loads(json.dumps(value))
+            try:
+                flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"config.{prefix}{key} is {value!r:.200}; expected plain Python numbers, text, "
+                    "or sequences and dicts of these"
+                ) from error
     return flat
+
+
+def _walk(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names of a config's values, an empty dict being one."""
+    keys = []
+    for key, value in tree.items():
+        inner = _walk(value, f"{prefix}{key}.") if isinstance(value, Mapping) else []
+        keys += inner or [f"{prefix}{key}"]
+    return keys

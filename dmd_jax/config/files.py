@@ -19,10 +19,12 @@ from dmd_jax.config.checks import (
     flatten,
     lasting,
     unknown,
+    value_of,
     when_asked,
 )
 from dmd_jax.config.moved import drop_gone, place_of, places, with_places
-from dmd_jax.config.parts import OBJECTIVE, run_defaults
+from dmd_jax.config.parts import FREE, OBJECTIVE, run_defaults
+from dmd_jax.config.stages import stages_of
 from dmd_jax.errors import UserError
 from dmd_jax.objectives import KINDS
 from dmd_jax.storage.files import local_path
@@ -64,7 +66,7 @@ def load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
         config = _parse(config_flags.DEFINE_config_file, f"--config={file}{colon}{argument}")
     except UserError as error:
         raise UserError(f"--config {error}") from error
-    except Exception as error:  # The file is code and may raise anything.
+    except (Exception, SystemExit) as error:  # The file is code and may raise anything.
         raise UserError(f"--config {path}: {_told_of_file(error, file)}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config {path}: get_config() gave {type(config)}; expected a ConfigDict")
@@ -88,8 +90,11 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     for override in overrides:
         if not override.startswith("--config.") or "=" not in override:
             raise UserError(f"unexpected argument {override!r}; overrides are --config.KEY=VALUE")
-        if _key_of(override) not in known:
-            raise UserError(f"{override}: {unknown(_key_of(override), config)}")
+        key = _key_of(override)
+        if key not in known:
+            raise UserError(f"{override}: {unknown(key, config)}")
+        if isinstance(value_of(config, key), ConfigDict) and key not in FREE:
+            raise UserError(f"{override}: {key} is a part; expected --config.{key}.KEY=VALUE")
     define = functools.partial(config_flags.DEFINE_config_dict, config=ConfigDict(config.to_dict()))
     try:
         config = _parse(define, *overrides)
@@ -97,7 +102,9 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         raise UserError(_one_line(error).removeprefix("IllegalFlagValueError: flag ")) from error
     check_keys(config)
     check_values(config)
-    return config
+    stages_of(config)
+    # Open, for a config file that goes on from here.
+    return ConfigDict(config.to_dict())
 
 
 def resolve_config(
@@ -106,8 +113,9 @@ def resolve_config(
     """The config of a run that writes to `workdir`, which keeps it in config.json.
 
     A workdir that has one is gone on with: without `path` its config is taken as it is, with
-    overrides of what may change. A file without a digest, as earlier versions wrote it, is compared
-    with that of `path`, and not gone on with alone.
+    overrides of what may change, which for `train` and `teacher` are the learning rates too. A file
+    without a digest, as earlier versions wrote it, is compared with that of `path`, and not gone on
+    with alone.
 
     Args:
       command: that the workdir belongs to.
@@ -129,7 +137,10 @@ def resolve_config(
         config = apply_overrides(saved, overrides)
     if saved is not None:
         overridden = {_key_of(place) for override in overrides for place in places(override)}
-        asked = when_asked(overridden & flatten(config.to_dict()).keys(), config.objective.name)
+        asked = set()
+        if command in ("train", "teacher"):
+            keys = overridden & flatten(config.to_dict()).keys()
+            asked = when_asked(keys, config.objective.name)
         check_same_run(lasting(saved), lasting(config), workdir, asked=asked)
     return config
 
@@ -173,7 +184,11 @@ def _whole(values: dict[str, Any], where: Any) -> ConfigDict:
     drop_gone(values, where)
     objective = values.get("objective")
     name = objective.get("name", OBJECTIVE) if isinstance(objective, dict) else OBJECTIVE
-    config = ConfigDict(_completed(values, run_defaults(name if name in KINDS else OBJECTIVE)))
+    config = ConfigDict(
+        _completed(
+            values, run_defaults(name if isinstance(name, str) and name in KINDS else OBJECTIVE)
+        )
+    )
     try:
         check_keys(config)
     except UserError as error:

@@ -97,7 +97,8 @@ def with_places(values: Mapping[str, Any]) -> dict[str, Any]:
     for key in sorted(values, key=lambda key: order.get(key, -1)):
         value = values[key]
         if key == "stages":
-            value = [with_places(stage) for stage in value]
+            stages = value if isinstance(value, list) else []
+            value = [with_places(one) if isinstance(one, dict) else one for one in stages] or value
         found |= dict.fromkeys(_renamed(key), value)
     return found
 

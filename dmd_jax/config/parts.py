@@ -14,6 +14,9 @@ from dmd_jax.options import defaults_of, option
 from dmd_jax.teachers.text_parts import DECODERS
 
 OBJECTIVE = "dmd"  # of a config that names none
+# Dicts of any keys: the options of a network. All other parts have keys of their own.
+FREE = ("network", "teacher.text_encoder", "teacher.taesd", "teacher.vae")
+MOST_SEED = 2**31 - 1  # JAX takes 32 bits of a seed, so that larger ones would repeat smaller ones
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ class Pairs:
     compute_dtype: str = option("float32", choices=tuple(DTYPES))
     matmul_precision: str = option("highest", choices=PRECISIONS)
     shard_size: int = option(2048, least=1)
-    seed: int = option(1)
+    seed: int = option(1, least=0, most=MOST_SEED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,7 @@ class Toy:
 class Run:
     """The whole config, with the paper's values for class-conditional CIFAR-10."""
 
-    seed: int = option(0)
+    seed: int = option(0, least=0, most=MOST_SEED)
     # Options of models.build_denoiser: "name", and those of that network. The teacher, the
     # generator and the fake score are all of it.
     network: dict = option(factory=dict)

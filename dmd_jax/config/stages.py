@@ -17,7 +17,7 @@ def stages_of(config: ConfigDict) -> list[tuple[int, ConfigDict]]:
     stages, last = [], 0
     for number, stage in enumerate(config.stages):
         where = f"config.stages[{number}]"
-        values = dict(stage) if isinstance(stage, (dict, ConfigDict)) else {}
+        values = dict(stage) if isinstance(stage, dict) else {}
         until = values.pop("until", None)
         if type(until) is not int or until <= last:
             raise UserError(
@@ -40,8 +40,8 @@ def named_stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
 def _with_values(config: ConfigDict, values: dict, where: str) -> ConfigDict:
     """The config of a stage that sets these values by their dotted keys."""
     for key in values:
-        if option_of(key, config.objective.name) is None:
-            raise UserError(f"{where}: {unknown(key, config)}")
+        if not isinstance(key, str) or option_of(key, config.objective.name) is None:
+            raise UserError(f"{where}: {unknown(str(key), config)}")
         if not _is_staged(key, config):
             staged = [name for name in flatten(config.to_dict()) if _is_staged(name, config)]
             raise UserError(f"{where} sets {key}; expected some of {', '.join(staged)}")

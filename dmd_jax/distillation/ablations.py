@@ -96,10 +96,16 @@ def apply_row(config: ConfigDict, name: str) -> ConfigDict:
     """A copy of `config` with the changes of one row.
 
     Raises:
-      UserError: there is no such row.
+      UserError: there is no such row, or a stage of the config sets what the row changes.
     """
-    changed = ConfigDict(config.to_dict())
-    changed.update_from_flattened_dict(_row(name).changes(config))
+    changed, changes = ConfigDict(config.to_dict()), _row(name).changes(config)
+    for number, stage in enumerate(config.stages):
+        if both := sorted(changes.keys() & stage.keys()):
+            raise UserError(
+                f"config.stages[{number}] sets {', '.join(both)}, which the row {name} changes; "
+                "expected a config whose stages leave it"
+            )
+    changed.update_from_flattened_dict(changes)
     return changed
 
 

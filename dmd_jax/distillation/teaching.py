@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 from ml_collections import ConfigDict
 
+from dmd_jax.config.parts import Teaching
 from dmd_jax.data.images import open_images
 from dmd_jax.distillation import preview_key
 from dmd_jax.distillation.from_config import computation_of, fake_weight_of
 from dmd_jax.distillation.setting import Method, Setting
 from dmd_jax.errors import UserError
 from dmd_jax.models import build_denoiser
-from dmd_jax.objectives import Denoising, Objective, denoising
-from dmd_jax.objectives.optimizers import AdamW, adamw
+from dmd_jax.objectives import Objective, denoising
+from dmd_jax.objectives.optimizers import adamw
 from dmd_jax.options import make
 from dmd_jax.teachers.edm import edm_teacher
 from dmd_jax.teachers.families import family_of
@@ -39,10 +40,8 @@ def teaching_of(config: ConfigDict) -> Setting:
             f"{images.num_classes} classes; config.network expects {denoiser.sample_shape} and "
             f"{denoiser.num_classes}"
         )
-    values = config.teaching.to_dict()
-    del values["steps"]
-    optimizer = adamw(make(AdamW, values.pop("optimizer"), "config.teaching.optimizer"))
-    settings = make(Denoising, values, "config.teaching")
+    settings = make(Teaching, config.teaching.to_dict(), "config.teaching")
+    optimizer = adamw(settings.optimizer)
 
     def objective(stage: ConfigDict) -> Objective:
         return denoising(

@@ -69,7 +69,7 @@ class Denoising:
     batch_size: int = option(512, least=1)
     p_mean: float = option(-1.2)  # ln(sigma) ~ N(p_mean, p_std^2)
     p_std: float = option(1.2, above=0)
-    ema_decay: float = option(0.9999, least=0, most=1)
+    ema_decay: float = option(0.9999, least=0, below=1)
     preview_steps: int = option(18, least=1)  # of the sampler that makes the pictures
 
 

@@ -42,7 +42,7 @@ class DMD:
     min_index: int = option(20, least=0, staged=True)
     max_index: int = option(980, least=0, staged=True)
     generator_every: int = option(1, least=1)  # the generator updates on each n-th step
-    ema_decay: float = option(0.0, least=0, most=1)  # of the generator's average; 0 keeps none
+    ema_decay: float = option(0.0, least=0, below=1)  # of the generator's average; 0 keeps none
 
 
 class _Parts(NamedTuple):
@@ -116,6 +116,11 @@ def _check(settings: DMD, teacher: Teacher, lpips: Callable | None) -> None:
         raise UserError(
             f"min_index={settings.min_index} and max_index={settings.max_index}; expected "
             f"0 <= min_index <= max_index < {bins}"
+        )
+    if not settings.matching_weight and not settings.regression_weight:
+        raise UserError(
+            "matching_weight and regression_weight are 0; expected one of them to be more, as "
+            "nothing is trained else"
         )
     if settings.distance == "lpips" and settings.regression_weight and lpips is None:
         raise UserError("distance is lpips, and no lpips is given; expected one, or distance l2")

@@ -29,8 +29,8 @@ class AdamW:
     # n-th one needs only every n-th, as in DMD2's code.
     warmup_counts: str = option("updates", choices=("updates", "steps"))
     weight_decay: float = option(0.01, least=0)
-    beta1: float = option(0.9, least=0, most=1)
-    beta2: float = option(0.999, least=0, most=1)
+    beta1: float = option(0.9, least=0, below=1)
+    beta2: float = option(0.999, least=0, below=1)
     clip_norm: float = option(10.0, above=0)  # of the gradient, over all its leaves
 
 

@@ -5,10 +5,18 @@ import json
 import pytest
 from commands import ROOT, TINY
 
-from dmd_jax.config import flatten, load_config, resolve_config, save_config, value_of
+from dmd_jax.config import (
+    flatten,
+    lasting,
+    load_config,
+    resolve_config,
+    save_config,
+    value_of,
+)
 from dmd_jax.config.moved import place_of, with_places
 from dmd_jax.errors import UserError
 from dmd_jax.storage.seals import read_sealed, write_sealed
+from dmd_jax.training.loop import _check_same_run
 
 
 @pytest.fixture
@@ -98,22 +106,55 @@ def test_a_run_of_a_config_without_parts_goes_on(tmp_path):
     assert flatten(config.to_dict()) == flatten(expected.to_dict())
 
 
+def other(value):
+    """A value of the same type that no config has."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return {"updates": "steps", "in_step": "ahead", "taesd": "vae"}.get(value, "elsewhere")
+    return value / 2 + 0.001 if isinstance(value, float) else value + 3
+
+
 MOVED = {
-    key: value
+    key: other(value)
     for config in FORMER.values()
     for key, value in config.items()
-    if place_of(key) and not key.startswith("text.")
-}
+    # What the distance and the weighting may be is not free, and a network's options are its own.
+    if place_of(key) and not key.startswith(("text.text_encoder", "text.taesd", "text.vae"))
+} | {"distance": "lpips", "weighting": "sigma_over_alpha", "ema_decay": 0.5}
 
 
 @pytest.mark.parametrize("key", sorted(MOVED))
 def test_an_override_that_has_moved_is_taken_at_its_place_and_said(key, capsys):
     override = f"--config.{key}={MOVED[key]}"
-    config = load_config(str(ROOT / "configs" / "toy2d.py"), [override])
+    path = str(ROOT / "configs" / "toy2d.py")
+    before, config = load_config(path, []), load_config(path, [override])
     places = with_places({key: MOVED[key]})
     assert {place: value_of(config, place) for place in places} == places
+    assert not places.items() <= flatten(before.to_dict()).items()
     said = " ".join(f"--config.{place}={value}" for place, value in places.items())
     assert capsys.readouterr().err == f"dmd-jax: {override} has moved: it is {said}\n"
+
+
+def test_a_checkpoint_of_a_config_without_parts_is_of_the_run(tmp_path):
+    """Its position has the config by the keys of then, without those that could change."""
+    config = load_config(str(ROOT / "configs" / "digits.py"), [])
+    recorded = {
+        key: value
+        for key, value in FORMER["digits"].items()
+        if all(place in lasting(config) for place in with_places({key: value}))
+    }
+    assert "learning_rate" in recorded and "log_every" not in recorded
+    position = {"identity": {}, "config": recorded}
+    _check_same_run(position, {}, config, tmp_path)
+    with pytest.raises(UserError, match=r"optimizer.generator.beta1 is 0.8 there, 0.9 here"):
+        _check_same_run(position | {"config": recorded | {"beta1": 0.8}}, {}, config, tmp_path)
+
+
+def test_a_damaged_list_of_stages_stays_as_it_is():
+    for stages in (3, None, [3], ["ab"], [[1]], [{"until": 2, "max_index": 7}]):
+        found = with_places({"stages": stages})["stages"]
+        assert found == stages or found == [{"until": 2, "objective.max_index": 7}]
 
 
 def test_a_file_that_sets_moved_keys_learns_of_all_places(tmp_path):

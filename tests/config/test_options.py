@@ -7,6 +7,7 @@ import pytest
 from commands import TINY, fails, succeeds
 
 from dmd_jax.config import (
+    check_values,
     default_config,
     flatten,
     lasting,
@@ -64,6 +65,7 @@ def test_settings_are_made_of_values_by_name():
         ({"inner": {"point": "ab"}}, "here.inner.point is 'ab'; expected a sequence"),
         ({"inner": {"point": (1, "b")}}, "here.inner.point is 'b'; expected a finite number"),
         ({"perhaps": {"named": {"x": 3}}}, "here.perhaps.named.x is 3; expected at most 2"),
+        ({"other": 1}, "here: missing keys [], unknown keys ['other']"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(values, message):
@@ -77,11 +79,23 @@ def test_a_value_that_cannot_be_is_named(values, message):
     [
         ("objective.name=dmd3", "config.objective.name is 'dmd3'; expected one of dmd"),
         ("objective.regresion_weight=1", "did you mean objective.regression_weight?"),
-        ("optimizer.generator.beta1=2.0", "config.optimizer.generator.beta1 is 2.0; expected at m"),
+        ("optimizer.generator.beta1=2.0", "config.optimizer.generator.beta1 is 2.0; expected less"),
         ("teaching.optimizer.clip_norm=0.0", "teaching.optimizer.clip_norm is 0.0; expected more"),
         ("teacher.decoder=jpeg", "config.teacher.decoder is 'jpeg'; expected one of vae, taesd"),
         ("compute_dtype=float16", "config.compute_dtype is 'float16'; expected one of float32, b"),
         ("remat=some", "config.remat is 'some'; expected one of none, full, dots"),
+        ("optimizer.fake_score.beta2=1.0", "beta2 is 1.0; expected less than 1"),
+        ("objective.ema_decay=1.0", "config.objective.ema_decay is 1.0; expected less than 1"),
+        ("seed=-1", "config.seed is -1; expected at least 0"),
+        ("pairs.seed=4294967296", "config.pairs.seed is 4294967296; expected at most 2147483647"),
+        (f"batch_size={'9' * 400}", "expected a whole number"),
+        ("pairs={'seed':3}", "pairs is a part; expected --config.pairs.KEY=VALUE"),
+        ("objective={'name':'dmd'}", "objective is a part; expected --config.objective.KEY=VALUE"),
+        ("optimizer.generator={}", "is a part; expected --config.optimizer.generator.KEY=VALUE"),
+        ("stages=({'until':4,'seed':1},)", "config.stages[0] sets seed; expected some of"),
+        ("stages=({'until':4,3:3},)", "config.stages[0]: the config has no key 3"),
+        ("stages=(b'x',)", "config.stages is (b'x',); expected plain Python numbers, text"),
+        ("network.channel_mult=(1,2j)", "config.network.channel_mult is (1, 2j); expected plain"),
         ("start.head=there", "the config has no key start.head; did you mean"),
         ("pairs.count=0", "config.pairs.count is 0; expected at least 1"),
     ],
@@ -109,6 +123,12 @@ def test_a_file_may_say_no_more_than_a_config_has(tmp_path):
         ),
         ("teacher = 'weights'", "mine.py: line 4: TypeError: Could not override field 'teacher'"),
         ("objective = dict(name='gan')", "config.objective.name is 'gan'; expected one of dmd"),
+        ("objective = dict(name=['dmd'])", r"objective.name is .'dmd'.; expected one of dmd"),
+        ("foo = {}", "the config has no key foo"),
+        ("pairs.foo = {}", "the config has no key pairs.foo"),
+        ("toy = dict(mode1=(1, 2))", "config.toy: missing keys .'mode2', 'mode_std', 'center'"),
+        ("toy = 3; import sys; sys.exit(0)", "line 4: SystemExit: 0"),
+        ("network = dict(name=bytes(3))", "config.network.name is b'.*; expected plain Python"),
     ):
         path.write_text(source.format(line=line))
         with pytest.raises(UserError, match=message):
@@ -122,6 +142,7 @@ def test_a_file_may_say_no_more_than_a_config_has(tmp_path):
 def test_every_default_is_one_that_may_be():
     config = default_config()
     assert settings_of(config) == DMD(batch_size=392)
+    check_values(config)
     for key in flatten(config.to_dict()):
         assert option_of(key, "dmd") is not None, key
 
@@ -138,6 +159,19 @@ def test_what_may_change_when_a_run_goes_on():
     }
     rates = [f"optimizer.{player}.learning_rate" for player in ("generator", "fake_score")]
     assert when_asked(values, "dmd") == {*rates, "teaching.optimizer.learning_rate"}
+
+
+def test_a_folder_that_a_stage_names_may_move_and_its_batch_may_not():
+    config = default_config()
+    before, moved, other = (
+        ({"until": 4, "data.pairs": folder, "batch_size": size},)
+        for folder, size in (("a", 8), ("b", 8), ("a", 16))
+    )
+    found = []
+    for config.stages in (before, moved, other):
+        found.append(lasting(config))
+    assert found[0] == found[1] != found[2]
+    assert found[0]["stages"] == [{"until": 4, "batch_size": 8}]
 
 
 def test_a_learning_rate_changes_when_an_override_asks_for_it(tiny, tmp_path, capsys):

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import threading
-import time
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -191,14 +190,12 @@ def test_threads_that_want_the_same_fetch_it_once(gcs, pairs, monkeypatch):
 class Watched:
     """Counts the requests to the bucket; most: those at the same time.
 
-    Each waits for a moment, or until there have been more than `awaited` at the same time, half a
-    minute in all.
+    Each waits for a moment, which is a longer one until more than `awaited` have come at once.
     """
 
     def __init__(self, monkeypatch, awaited=0):
         self.requests = self.most = self.peak = self._running = 0
         changed, read_range = threading.Condition(), BucketPath.read_range
-        deadline = time.monotonic() + 30
 
         def watched(*arguments):
             with changed:
@@ -207,8 +204,8 @@ class Watched:
                 self.most = max(self.most, self._running)
                 self.peak = max(self.peak, on_disk())
                 changed.notify_all()
-                wait = max(deadline - time.monotonic(), 0) if awaited else 0.02
-                changed.wait_for(lambda: awaited and self.most > awaited, wait)
+                late = awaited > 0 and self.most <= awaited
+                changed.wait_for(lambda: 0 < awaited < self.most, 0.5 if late else 0.02)
                 self._running -= 1
             return read_range(*arguments)
 

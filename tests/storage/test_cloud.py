@@ -100,7 +100,7 @@ def test_a_run_that_is_stopped_goes_on(gcs, tiny_there, trained, tmp_path):
     saved = json.loads((run / "config.json").read_text())
     assert saved["config"]["teacher"]["weights"] == "gs://bucket/teacher.weights"
     # Both commands read the same copies, made once.
-    shards = [name for name in gcs.names("bucket", "pairs.folder/") if "array_record" in name]
+    shards = [name for name in gcs.names("bucket", "data.pairs/") if "array_record" in name]
     assert len(shards) == 3
     assert [gcs.requests["READ", "bucket", name] for name in shards] == [1, 1, 1]
     assert not (ROOT / "gs:").exists()
@@ -335,7 +335,7 @@ def test_what_cannot_be_used_is_named(gcs, tiny, tiny_there, trained, folder, tm
     line = fails(capsys, "train", *tiny[:3], "--workdir", tmp_path, f"--config.data.pairs={folder}")
     assert f"{folder}/metadata.json: no such file" in line
 
-    shard = "pairs.folder/pairs-00001-of-00003.array_record"
+    shard = "data.pairs/pairs-00001-of-00003.array_record"
     whole = gcs.buckets["bucket"][shard].content
     gcs.put("bucket", shard, whole[:1000])
     line = fails(capsys, "train", *tiny_there, "--workdir", folder)

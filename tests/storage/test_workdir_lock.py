@@ -20,7 +20,7 @@ from dmd_jax.storage.workdir_lock import locked
 
 HOLD = """
 import sys, time
-from dmd_jax import workdir_lock
+from dmd_jax.storage import workdir_lock
 from dmd_jax.storage.files import path_of
 workdir_lock._REFRESH_SECONDS = 0.2
 with workdir_lock.locked(path_of(sys.argv[1])):
