@@ -161,8 +161,9 @@ def _one(args: argparse.Namespace, topology: str | None) -> dict[str, Any]:
 
 def _set_batch(config: ConfigDict, images: int) -> None:
     """A batch of that many images, with pairs in the config's proportion."""
-    pairs = config.objective.regression_batch_size / config.batch_size
-    config.objective.regression_batch_size = max(round(images * pairs), 1)
+    if "regression_batch_size" in config.objective:
+        pairs = config.objective.regression_batch_size / config.batch_size
+        config.objective.regression_batch_size = max(round(images * pairs), 1)
     config.batch_size = images
 
 

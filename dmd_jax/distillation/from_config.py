@@ -34,9 +34,10 @@ def check_batches(config: ConfigDict, mesh: Mesh, where: str) -> None:
     """
     # The pairs' rows are few beside what the networks see: where fsdp does not divide them, some
     # devices have one more than others.
-    every = ("data", "fsdp")
-    sizes = (("batch_size", every), ("objective.regression_batch_size", ("data",)))
-    for key, axes in sizes:
+    sizes = {"batch_size": ("data", "fsdp")}
+    if "regression_batch_size" in config.objective:
+        sizes["objective.regression_batch_size"] = ("data",)
+    for key, axes in sizes.items():
         check_batch_size(
             value_of(config, key),
             mesh,
@@ -44,8 +45,8 @@ def check_batches(config: ConfigDict, mesh: Mesh, where: str) -> None:
             name=f"{where}.{key}",
             axes=axes,
         )
-    pairs = config.objective.regression_batch_size
-    if config.objective.match_reference and config.batch_size <= pairs:
+    pairs = config.objective.get("regression_batch_size", 0)
+    if config.objective.get("match_reference") and config.batch_size <= pairs:
         raise UserError(
             f"{where}.batch_size is {config.batch_size}; expected more than "
             f"objective.regression_batch_size={pairs}, whose latents are among it with "
@@ -121,8 +122,8 @@ def distance_of(
     Raises:
       UserError: images that LPIPS cannot see.
     """
-    regressed = any(stage.objective.regression_weight for _, stage in stages_of(config))
-    if config.objective.distance == "l2" or not regressed:
+    regressed = any(stage.objective.get("regression_weight") for _, stage in stages_of(config))
+    if config.objective.get("distance") != "lpips" or not regressed:
         return None
     options = config.lpips
     grey = image_shape[-1] == 1

@@ -57,7 +57,7 @@ def _training(config: ConfigDict, mesh: Mesh) -> Compilable:
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "images": stage.batch_size,
-        "regression_images": stage.objective.regression_batch_size,
+        "regression_images": stage.objective.get("regression_batch_size", 0),
         "accumulation": stage.accumulation,
         "remat": stage.remat,
         "compute_dtype": stage.compute_dtype,
