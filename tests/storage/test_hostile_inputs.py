@@ -53,12 +53,13 @@ def damaged(path, content, change):
 
 
 def test_the_limits_are_noticed():
-    with pytest.raises(AssertionError), within_limits(memory=1 << 24):
-        np.ones(1 << 25, np.uint8)
+    # More than malloc ever takes from what has been freed, so that it is fresh memory.
+    with pytest.raises(AssertionError), within_limits(memory=1 << 26):
+        np.ones(1 << 27, np.uint8)
     with pytest.raises(AssertionError), within_limits(seconds=0.1):
         work(seconds=0.2)
-    with within_limits(memory=1 << 26, seconds=0.5):
-        np.ones(1 << 25, np.uint8)
+    with within_limits(memory=1 << 28, seconds=0.5):
+        np.ones(1 << 27, np.uint8)
         work(seconds=0.1)
 
 
