@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dmd_jax import former
+
 if TYPE_CHECKING:
     from dmd_jax.method.denoisers import discrete_denoiser, edm_denoiser, guided
     from dmd_jax.method.discrete_samplers import ddim, dpm_solver_pp, pndm, unipc
@@ -86,6 +88,8 @@ __all__ = [
     "snr_weight",
     "unipc",
 ]
+
+former.install()
 
 
 def __getattr__(name: str) -> Any:

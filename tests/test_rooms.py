@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     *("commands", "performance", "convert", "distillation", "evaluation", "training", "sampling"),
     *("data", "config", "reporting", "objectives", "teachers", "storage", "models", "method"),
-    *("parallel", "options", "progress", "errors"),
+    *("parallel", "options", "progress", "errors", "former"),
 )
 # Public functions of the method, whose knobs are the method's.
 MANY_ARGUMENTS = {

@@ -1,6 +1,6 @@
 """A whole Stable Diffusion folder with small random weights.
 
-    python tests/helpers/diffusers_folder.py FOLDER [--by-diffusers [--v2]]
+    python tests/diffusers_folder.py FOLDER [--by-diffusers [--v2]]
 
 writes it without PyTorch (`write_folder`), all names and shapes coming from our networks, or has
 diffusers itself write it (`save_pipeline`), which is the proof.
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 
 from edm_pickle import drawn
 from safetensors.numpy import load_file, save_file
