@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from dmd_jax.config.checks import check_values, flatten, option_of, unknown
-from dmd_jax.errors import UserError
+from dmd_jax.errors import UserError, first_line
 
 
 def stages_of(config: ConfigDict) -> list[tuple[int, ConfigDict]]:
@@ -49,7 +49,7 @@ def _with_values(config: ConfigDict, values: dict, where: str) -> ConfigDict:
     try:
         stage.update_from_flattened_dict(values)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where}: {first_line(error)}") from error
     check_values(stage, where)
     return stage
 
