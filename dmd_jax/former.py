@@ -13,9 +13,11 @@ from types import ModuleType
 _PLACES = {
     **{
         name: f"method.{name}"
-        for name in ("denoisers", "discrete_samplers", "losses", "precision", "samplers")
+        for name in (
+            *("denoisers", "discrete_samplers", "losses", "precision"),
+            *("samplers", "schedules", "types"),
+        )
     },
-    **{name: f"method.{name}" for name in ("schedules", "types")},
     **{name: f"training.{name}" for name in ("loop", "state", "train_step")},
     **{name: f"storage.{name}" for name in ("checkpoints", "files", "weights")},
     "data.pairs": "data.pair_shards",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from dmd_jax.models import DTYPES
 from dmd_jax.parallel.processes import join_processes
 from dmd_jax.sampling.draws import DRAWS
 from dmd_jax.sampling.maker import ImageMaker, image_shape
-from dmd_jax.storage.files import path_of
+from dmd_jax.storage.files import path_of, write_json
 from dmd_jax.storage.weights import network_of
 from dmd_jax.teachers.families import FAMILIES, family_of, load_pipeline
 from dmd_jax.teachers.family import Pipeline
@@ -67,6 +68,18 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
         default=300.0,
         help="for all to come (default: 300)",
     )
+
+
+def write_results(path: Path, results: Any) -> None:
+    """Writes what --json asks for.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    try:
+        write_json(path, results)
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error}") from error
 
 
 def run_config(args: argparse.Namespace, command: str) -> ConfigDict:

@@ -9,13 +9,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from dmd_jax.commands.arguments import add_process_arguments
+from dmd_jax.commands.arguments import add_process_arguments, write_results
 from dmd_jax.config import flatten, load_config
 from dmd_jax.distillation.from_config import check_batches, mesh_of
 from dmd_jax.errors import UserError, first_line
@@ -26,7 +25,7 @@ from dmd_jax.performance.benchmark.peaks import peak_flops
 from dmd_jax.performance.benchmark.rivals import Heat, Rival, run_heat
 from dmd_jax.performance.benchmark.table import table
 from dmd_jax.reporting.provenance import command_line, machine
-from dmd_jax.storage.files import local_path, write_json
+from dmd_jax.storage.files import local_path
 from dmd_jax.teachers.text_parts import DECODERS
 
 # (config, our side) -> what makes the peer of it.
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     if jax.process_index() == 0:
         print(table(results))
         if args.json is not None:
-            _write(args.json, results)
+            write_results(args.json, results)
 
 
 def _tell(line: str) -> None:
@@ -178,10 +177,3 @@ def _peer(name: str) -> Peer:
     if not callable(found):
         raise UserError(f"--peer {name}: {module} has no function {function}; expected one")
     return found
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    try:
-        write_json(path, results)
-    except OSError as error:
-        raise UserError(f"--json {path} cannot be written: {error}") from error

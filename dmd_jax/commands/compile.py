@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from dmd_jax.commands.arguments import write_results
 from dmd_jax.config import load_config
 from dmd_jax.errors import UserError, first_line
 from dmd_jax.parallel.sharding import AXES
@@ -25,7 +26,7 @@ from dmd_jax.performance.compilation.table import summary, table
 from dmd_jax.performance.compilation.topology import Chip, chip_of, devices_of, virtual_devices
 from dmd_jax.reporting.parameters import tell_parameters
 from dmd_jax.reporting.provenance import command_line
-from dmd_jax.storage.files import local_path, write_json
+from dmd_jax.storage.files import local_path
 from dmd_jax.storage.untrusted import read_json
 
 
@@ -107,10 +108,7 @@ def run(args: argparse.Namespace) -> None:
         results.append(_one(args, topology))
         print(table(results[-1]), end="\n\n", flush=True)
         if args.json is not None:
-            try:
-                write_json(args.json, results)
-            except OSError as error:
-                raise UserError(f"--json {args.json} cannot be written: {error}") from error
+            write_results(args.json, results)
     if len(results) > 1:
         print(summary(results))
     if not all(result.get("fits", True) for result in results):

@@ -39,9 +39,8 @@ def check_values(config: ConfigDict, where: str = "config") -> None:
     values = config.to_dict()
     flatten(values)  # config.json takes all of them
     make(Run, values, where)
-    options = dict(values["objective"])
-    kind = KINDS[options.pop("name")]
-    make(kind.settings, options, f"{where}.objective", batch_size=config.batch_size)
+    settings_of(config, where)
+    kind = KINDS[config.objective.name]
     for each in ("optimizer", "start"):
         for player in values[each].keys() - set(kind.players):
             raise UserError(
@@ -93,11 +92,18 @@ def value_of(config: ConfigDict, key: str) -> Any:
     return config
 
 
-def settings_of(config: ConfigDict) -> Any:
-    """The settings of the config's objective, or of a stage's."""
+def settings_of(config: ConfigDict, where: str = "config") -> Any:
+    """The settings of the config's objective, or of a stage's.
+
+    Args:
+      where: as of `check_values`.
+
+    Raises:
+      UserError: a value that they cannot have.
+    """
     values = config.objective.to_dict()
     kind = KINDS[values.pop("name")].settings
-    return make(kind, values, "config.objective", batch_size=config.batch_size)
+    return make(kind, values, f"{where}.objective", batch_size=config.batch_size)
 
 
 def lasting(config: ConfigDict) -> dict[str, Any]:
