@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,9 @@ def run(training: Training) -> Any:
         loop.trace.close()
         if sys.exc_info()[0] is None:
             loop.checkpoints.close()
+        elif jax.process_count() == 1:  # of several, the others may never come to their part
+            with contextlib.suppress(UserError):  # the error that ends the run is the one to tell
+                loop.checkpoints.close()
     return loop.state
 
 

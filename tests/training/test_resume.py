@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from commands import fails, finish, start, succeeds
 
-from dmd_jax.reporting.metrics import read_metrics
+from dmd_jax.errors import UserError
+from dmd_jax.reporting.metrics import MetricsWriter, read_metrics
 from dmd_jax.storage.weights import load_weights
 
 STEPS = "--config.steps=60"
@@ -83,3 +84,13 @@ def test_a_run_is_not_taken_for_a_shorter_one(trained, tmp_path, capsys):
     assert "going on from step 12" in capsys.readouterr().err
     for found, expected in zip(parameters(workdir), parameters(trained)):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_an_error_leaves_the_checkpoint_before_it_whole(tiny, tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise UserError("no picture can be written")
+
+    monkeypatch.setattr(MetricsWriter, "picture", refuse)
+    options = (*tiny, "--workdir", tmp_path, "--config.picture_every=4")
+    assert "no picture can be written" in fails(capsys, "train", *options)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
