@@ -12,15 +12,31 @@ from typing import TYPE_CHECKING, Any
 from dmd_jax import former
 
 if TYPE_CHECKING:
+    from dmd_jax.method.consistency import (
+        consistency_function,
+        euler_step,
+        heun_step,
+        karras_level,
+        two_step_target,
+    )
     from dmd_jax.method.denoisers import discrete_denoiser, edm_denoiser, guided
     from dmd_jax.method.discrete_samplers import ddim, dpm_solver_pp, pndm, unipc
     from dmd_jax.method.losses import (
+        consistency_loss,
         denoising_loss,
+        density_ratio,
         distribution_matching_gradient,
         distribution_matching_loss,
+        divergence_weight,
         edm_weight,
+        gan_generator_loss,
+        gan_head_loss,
+        ratio_means,
         regression_loss,
+        sid_loss,
         snr_weight,
+        truncated_snr_weight,
+        uniform_weight,
     )
     from dmd_jax.method.samplers import euler, heun, one_step
     from dmd_jax.method.schedules import NoiseLevel, NoiseSchedule, forward_diffusion, score
@@ -35,15 +51,31 @@ if TYPE_CHECKING:
     )
 
 _MODULES = {
+    "method.consistency": (
+        "consistency_function",
+        "euler_step",
+        "heun_step",
+        "karras_level",
+        "two_step_target",
+    ),
     "method.denoisers": ("discrete_denoiser", "edm_denoiser", "guided"),
     "method.discrete_samplers": ("ddim", "dpm_solver_pp", "pndm", "unipc"),
     "method.losses": (
+        "consistency_loss",
         "denoising_loss",
+        "density_ratio",
         "distribution_matching_gradient",
         "distribution_matching_loss",
+        "divergence_weight",
         "edm_weight",
+        "gan_generator_loss",
+        "gan_head_loss",
+        "ratio_means",
         "regression_loss",
+        "sid_loss",
         "snr_weight",
+        "truncated_snr_weight",
+        "uniform_weight",
     ),
     "objectives": (
         "Draws",
@@ -64,28 +96,42 @@ __all__ = [
     "Networks",
     "NoiseLevel",
     "NoiseSchedule",
+    "consistency_function",
+    "consistency_loss",
     "ddim",
     "denoising_loss",
+    "density_ratio",
     "discrete_denoiser",
     "distribution_matching_gradient",
     "distribution_matching_loss",
+    "divergence_weight",
     "dpm_solver_pp",
     "draw",
     "draw_lognormal",
     "edm_denoiser",
     "edm_weight",
     "euler",
+    "euler_step",
     "fake_score_loss",
     "forward_diffusion",
+    "gan_generator_loss",
+    "gan_head_loss",
     "generator_loss",
     "guided",
     "heun",
+    "heun_step",
+    "karras_level",
     "one_architecture",
     "one_step",
     "pndm",
+    "ratio_means",
     "regression_loss",
     "score",
+    "sid_loss",
     "snr_weight",
+    "truncated_snr_weight",
+    "two_step_target",
+    "uniform_weight",
     "unipc",
 ]
 

@@ -26,6 +26,9 @@ class Denoiser(NamedTuple):
     schedule: NoiseSchedule  # the levels that the network was trained with
     # of one example's text embedding, (tokens, width); None where cond is labels or None
     cond_shape: tuple[int, ...] | None = None
+    # (params, x_t, level, cond) -> the network's bottleneck [B, ...], float32, without its decoder;
+    # None where it has none.
+    features: Denoise | None = None
 
 
 def edm_denoiser(
@@ -54,14 +57,29 @@ def edm_denoiser(
         variance = sigma**2 + sigma_data**2
         c_skip = sigma_data**2 / variance
         c_out = sigma * sigma_data / jnp.sqrt(variance)
-        c_in = 1 / jnp.sqrt(variance)
-        c_noise = jnp.log(level.sigma.astype(jnp.float32)) / 4
-
-        labels = _one_hot(cond, label_dim, x_t.shape[0]) if label_dim else None
-        raw = _checked(apply(params, c_in * x_t, c_noise, labels, **options), x_t)
-        return c_skip * x_t + c_out * raw
+        seen = _seen_by_edm(x_t, level, cond, sigma_data, label_dim)
+        return c_skip * x_t + c_out * _checked(apply(params, *seen, **options), x_t)
 
     return denoise
+
+
+def edm_features(
+    apply: Callable[..., jax.Array], *, sigma_data: float = 0.5, label_dim: int = 0
+) -> Denoise:
+    """The features of a raw network as `edm_denoiser` asks it.
+
+    Args:
+      apply: as for edm_denoiser, but with features [B, ...] as its result.
+
+    Returns:
+      features(params, x_t, level, cond) -> float32 [B, ...].
+    """
+
+    def features(params: Params, x_t: jax.Array, level: NoiseLevel, cond) -> jax.Array:
+        seen = _seen_by_edm(x_t.astype(jnp.float32), level, cond, sigma_data, label_dim)
+        return apply(params, *seen).astype(jnp.float32)
+
+    return features
 
 
 def discrete_denoiser(
@@ -150,6 +168,16 @@ def guided(denoise: Denoise, guidance: float, *, at_once: bool = True) -> Denois
         return without + guidance * (with_cond - without)
 
     return denoise_guided
+
+
+def _seen_by_edm(
+    x_t: jax.Array, level: NoiseLevel, cond, sigma_data: float, label_dim: int
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What a raw network is given: c_in x_t, c_noise, and the labels where it has classes."""
+    sigma = level.sigma.astype(jnp.float32)
+    c_in = 1 / jnp.sqrt(expand(sigma, x_t) ** 2 + sigma_data**2)
+    labels = _one_hot(cond, label_dim, x_t.shape[0]) if label_dim else None
+    return c_in * x_t, jnp.log(sigma) / 4, labels
 
 
 def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:

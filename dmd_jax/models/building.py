@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from dmd_jax.errors import UserError
-from dmd_jax.method.denoisers import Denoiser, discrete_denoiser, edm_denoiser
+from dmd_jax.method.denoisers import (
+    Denoiser,
+    discrete_denoiser,
+    edm_denoiser,
+    edm_features,
+)
 from dmd_jax.method.schedules import NoiseSchedule
 from dmd_jax.models.plane.mixture import mixture_denoise
 from dmd_jax.models.registry import DENOISERS, build_network, complete, initialiser
@@ -51,8 +58,18 @@ def build_denoiser(
             {"params": params}, x, c_noise, labels, deterministic=dropout_key is None, rngs=rngs
         )
 
-    denoise = edm_denoiser(apply, sigma_data=options["sigma_data"], label_dim=module.label_dim)
-    return Denoiser(init, denoise, module.sample_shape, module.label_dim, NoiseSchedule.edm())
+    def encode(params, x, c_noise, labels):
+        return module.apply({"params": params}, x, c_noise, labels, bottleneck=True)
+
+    around = {"sigma_data": options["sigma_data"], "label_dim": module.label_dim}
+    return Denoiser(
+        init,
+        edm_denoiser(apply, **around),
+        module.sample_shape,
+        module.label_dim,
+        NoiseSchedule.edm(),
+        features=edm_features(encode, **around),
+    )
 
 
 def _of_stable_diffusion(module, init, options: Mapping[str, Any]) -> Denoiser:
@@ -70,6 +87,14 @@ def _of_stable_diffusion(module, init, options: Mapping[str, Any]) -> Denoiser:
         beta_start=options["beta_start"],
         beta_end=options["beta_end"],
     )
+
+    def features(params, x_t, level, context):
+        variables = {"params": params}
+        x_t = x_t.astype(jnp.float32)
+        return module.apply(variables, x_t, level.time, context, bottleneck=True).astype(
+            jnp.float32
+        )
+
     denoise = discrete_denoiser(apply, prediction_type=options["prediction_type"])
     cond_shape = (TOKENS, module.cross_attention_dim)
-    return Denoiser(init, denoise, module.sample_shape, 0, schedule, cond_shape)
+    return Denoiser(init, denoise, module.sample_shape, 0, schedule, cond_shape, features)

@@ -40,6 +40,7 @@ def edm_teacher(denoiser: Denoiser) -> Teacher:
     return Teacher(
         denoise=denoiser.denoise,
         schedule=denoiser.schedule,
+        features=denoiser.features,
         sample_shape=denoiser.sample_shape,
         tokens={"label": jax.ShapeDtypeStruct((), jnp.int32)} if count else {},
         encode=encode,

@@ -94,6 +94,7 @@ def stable_diffusion_teacher(
     return Teacher(
         denoise=denoiser.denoise,
         schedule=denoiser.schedule,
+        features=denoiser.features,
         sample_shape=denoiser.sample_shape,
         tokens=tokens,
         encode=encode,

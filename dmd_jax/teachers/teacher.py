@@ -35,6 +35,9 @@ class Teacher(NamedTuple):
     decode: Callable[[Frozen, jax.Array], jax.Array]  # x0 [B, ...] -> images [B, H, W, C]
     # (key, count) -> tokens of fresh rows; None where they can only come with the data, as text.
     draw_tokens: Callable[[jax.Array, int], Tokens] | None
+    # (params of the network, x_t, level, cond) -> its bottleneck [B, ...], float32, for heads; None
+    # where it has none.
+    features: Denoise | None = None
     takes: str = "labels"  # what a row says of its image: labels (or nothing), or text
     # (num_steps=, guidance=, **options) -> the sampler; UserError for what it does not take.
     samplers: Mapping[str, Callable[..., Sample]] = MappingProxyType({})

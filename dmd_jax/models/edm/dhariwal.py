@@ -77,6 +77,7 @@ class DhariwalUNet(nn.Module, Levels):
         labels_onehot: jax.Array | None = None,
         *,
         deterministic: bool = True,
+        bottleneck: bool = False,
     ) -> jax.Array:
         """The network's raw output, before preconditioning.
 
@@ -84,9 +85,11 @@ class DhariwalUNet(nn.Module, Levels):
           x: [B, R, R, in_channels]. c_noise: [B], float32.
           labels_onehot: [B, label_dim], float32; needed where label_dim > 0.
           deterministic: False turns dropout on and needs a "dropout" rng.
+          bottleneck: ends with the encoder.
 
         Returns:
-          [B, R, R, out_channels] in the compute dtype.
+          [B, R, R, out_channels] in the compute dtype; the encoder's end [B, r, r, C] if
+          `bottleneck`.
 
         Raises:
           UserError: x of another shape than the network's.
@@ -114,6 +117,8 @@ class DhariwalUNet(nn.Module, Levels):
             return module(x, emb, deterministic)
 
         x, skips = self._encode(x.astype(self.dtype), block)
+        if bottleneck:
+            return x
         x = self._decode(x, skips, block)
         x = nn.silu(GroupNorm(_EPSILON, name="out_norm")(x))
         return conv(self.out_channels, 3, name="out_conv", dtype=self.dtype, init=_INITS.last)(x)

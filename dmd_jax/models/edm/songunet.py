@@ -89,6 +89,7 @@ class SongUNet(nn.Module, Levels):
         labels_onehot: jax.Array | None = None,
         *,
         deterministic: bool = True,
+        bottleneck: bool = False,
     ) -> jax.Array:
         """The network's raw output, before preconditioning.
 
@@ -96,9 +97,11 @@ class SongUNet(nn.Module, Levels):
           x: [B, R, R, in_channels]. c_noise: [B], float32.
           labels_onehot: [B, label_dim], float32; needed where label_dim > 0.
           deterministic: False turns dropout on and needs a "dropout" rng.
+          bottleneck: ends with the encoder.
 
         Returns:
-          [B, R, R, out_channels] in the compute dtype.
+          [B, R, R, out_channels] in the compute dtype; the encoder's end [B, r, r, C] if
+          `bottleneck`.
 
         Raises:
           UserError: x of another shape than the network's.
@@ -121,6 +124,8 @@ class SongUNet(nn.Module, Levels):
             return module(x, emb, deterministic)
 
         x, skips = self._encode(x.astype(self.dtype), block)
+        if bottleneck:
+            return x
         return self._decode(x, skips, block)
 
     def _embed(self, c_noise, labels_onehot):

@@ -80,7 +80,7 @@ XAVIER = KernelInits(xavier_uniform(), xavier_uniform(1e-5), xavier_uniform(math
 
 def conv(
     features: int,
-    size: int,
+    size: int | tuple[int, int],
     *,
     name: str,
     dtype: jnp.dtype,
@@ -92,12 +92,13 @@ def conv(
     """A size x size convolution that computes in `dtype`.
 
     Args:
+      size: of the kernel; a pair is its height and width, and needs a padding.
       result: the dtype of what it returns, see `product_in`; None: `dtype`.
       padding: zeros at the edges; None: as many as keep the image's size.
     """
     return nn.Conv(
         features,
-        (size, size),
+        (size, size) if isinstance(size, int) else size,
         strides,
         padding=size // 2 if padding is None else padding,
         kernel_init=init,

@@ -57,10 +57,12 @@ class MLP(nn.Module, RawNetwork):
         labels_onehot: jax.Array | None = None,
         *,
         deterministic: bool = True,
+        bottleneck: bool = False,
     ) -> jax.Array:
         """x [B, dim], c_noise [B], labels_onehot [B, label_dim] -> [B, dim].
 
-        There is no dropout; `deterministic` makes the networks callable alike.
+        `bottleneck` ends with the middle hidden layer, [B, width]. There is no dropout;
+        `deterministic` makes the networks callable alike.
         """
         if self.embedding_type == "fourier":
             embedding = FourierEmbedding(
@@ -78,5 +80,7 @@ class MLP(nn.Module, RawNetwork):
         for index in range(self.depth):
             shift = dense(self.width, name=f"affine{index}")(emb).astype(self.dtype)
             h = nn.silu(nn.Dense(self.width, dtype=self.dtype, name=f"layer{index}")(h) + shift)
+            if bottleneck and index == self.depth // 2:
+                return h
         init = nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
         return nn.Dense(self.dim, dtype=self.dtype, kernel_init=init, name="out")(h)

@@ -90,7 +90,13 @@ class UNet2DConditionModel(nn.Module):
     @nn.compact
     @at_own_precision
     def __call__(
-        self, x_t: jax.Array, time: jax.Array, context: jax.Array, *, deterministic: bool = True
+        self,
+        x_t: jax.Array,
+        time: jax.Array,
+        context: jax.Array,
+        *,
+        deterministic: bool = True,
+        bottleneck: bool = False,
     ) -> jax.Array:
         """The network's raw output: the noise, v or the clean latents.
 
@@ -99,9 +105,10 @@ class UNet2DConditionModel(nn.Module):
           time: [B], 0 to 999.
           context: [B, L, cross_attention_dim], the text's embedding.
           deterministic: without effect, there is no dropout; it makes the networks callable alike.
+          bottleneck: ends with the middle block.
 
         Returns:
-          float32 [B, h, w, out_channels].
+          float32 [B, h, w, out_channels]; the middle block's output [B, h', w', C] if `bottleneck`.
 
         Raises:
           UserError: x_t or context of another shape.
@@ -142,6 +149,8 @@ class UNet2DConditionModel(nn.Module):
 
         middle = self._transformer(levels - 1)
         x = MidBlock2D(features, resnet, middle, name="mid_block")(x, emb, context)
+        if bottleneck:
+            return x
 
         layers = self.layers_per_block + 1
         for index, level in enumerate(reversed(range(levels))):
