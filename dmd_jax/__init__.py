@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         truncated_snr_weight,
         uniform_weight,
     )
-    from dmd_jax.method.samplers import euler, heun, one_step
+    from dmd_jax.method.samplers import euler, few_step, few_step_input, heun, one_step
     from dmd_jax.method.schedules import NoiseLevel, NoiseSchedule, forward_diffusion, score
     from dmd_jax.objectives import (
         Draws,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         draw_lognormal,
         fake_score_loss,
         generator_loss,
+        matching_loss,
         one_architecture,
     )
 
@@ -56,6 +57,7 @@ _MODULES = {
         "euler_step",
         "heun_step",
         "karras_level",
+        "matching_loss",
         "two_step_target",
     ),
     "method.denoisers": ("discrete_denoiser", "edm_denoiser", "guided"),
@@ -84,9 +86,10 @@ _MODULES = {
         "draw_lognormal",
         "fake_score_loss",
         "generator_loss",
+        "matching_loss",
         "one_architecture",
     ),
-    "method.samplers": ("euler", "heun", "one_step"),
+    "method.samplers": ("euler", "few_step", "few_step_input", "heun", "one_step"),
     "method.schedules": ("NoiseLevel", "NoiseSchedule", "forward_diffusion", "score"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -113,6 +116,8 @@ __all__ = [
     "euler",
     "euler_step",
     "fake_score_loss",
+    "few_step",
+    "few_step_input",
     "forward_diffusion",
     "gan_generator_loss",
     "gan_head_loss",
@@ -121,6 +126,7 @@ __all__ = [
     "heun",
     "heun_step",
     "karras_level",
+    "matching_loss",
     "one_architecture",
     "one_step",
     "pndm",

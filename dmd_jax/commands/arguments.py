@@ -17,11 +17,16 @@ from dmd_jax.method.precision import PRECISIONS
 from dmd_jax.models import DTYPES
 from dmd_jax.parallel.processes import join_processes
 from dmd_jax.sampling.draws import DRAWS
-from dmd_jax.sampling.maker import ImageMaker, image_shape
+from dmd_jax.sampling.maker import (
+    ImageMaker,
+    generator_sampler_of,
+    image_shape,
+    steps_of,
+)
 from dmd_jax.storage.files import path_of, write_json
-from dmd_jax.storage.weights import network_of
+from dmd_jax.storage.weights import generator_of, network_of
 from dmd_jax.teachers.families import FAMILIES, family_of, load_pipeline
-from dmd_jax.teachers.family import Pipeline
+from dmd_jax.teachers.family import GENERATORS, Pipeline
 from dmd_jax.teachers.teacher import Tokens
 from dmd_jax.teachers.text_parts import DECODERS
 
@@ -105,14 +110,14 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sampler",
         choices=tuple(dict.fromkeys(name for one in FAMILIES for name in one.samplers)),
-        default="one-step",
-        help="heun and euler are for images of classes or of none, the rest for those of text",
+        help="one-step and few-step are for generators; heun and euler for images of classes or of "
+        "none, the rest for those of text (default: the generator's own, one-step for a teacher)",
     )
     parser.add_argument(
         "--steps",
         type=int,
         metavar="N",
-        help="of all samplers but one-step (default: 18; of text 50)",
+        help="of all samplers but one-step (default: 18; of text 50; of few-step the generator's)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument(
@@ -171,11 +176,13 @@ def load_images(args: argparse.Namespace, **own: Iterable[str]) -> Pipeline:
     foreign = [name for one in FAMILIES if one is not family for name in one.arguments]
     foreign += [name for takes, names in own.items() if takes != family.takes for name in names]
     refuse(args, foreign, f"{args.weights} are {family.weights_are}")
-    defaults = dict(family.defaults)
+    defaults, asked = dict(family.defaults), generator_of(args.weights)
+    args.sampler = args.sampler or generator_sampler_of(asked)
+    defaults["steps"] = steps_of(args.sampler, asked, defaults["steps"])
     if args.sampler == "one-step":
         refuse(args, ["steps"], "the sampler is one-step")
-        if "guidance" in defaults:
-            defaults["guidance"] = 1.0
+    if args.sampler in GENERATORS and "guidance" in defaults:
+        defaults["guidance"] = 1.0
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -233,7 +240,7 @@ def image_settings(
     return pipeline.identity() | {
         "sampler": args.sampler,
         "num_steps": 1 if one_step else args.steps,
-        "sampling": None if one_step else pipeline.sampling,
+        "sampling": None if args.sampler in GENERATORS else pipeline.sampling,
         "guidance": args.guidance,
         "dtype": args.dtype,
         "matmul_precision": args.matmul_precision,

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     z = None if args.latents is None else _read_latents(args, pipeline, len(prompts))
     count = args.num or len(prompts if z is None else z) or _NUM
     prompts = [prompts[index % len(prompts)] for index in range(count)] if prompts else []
-    if "s_churn" not in pipeline.family.arguments:
+    if "s_churn" not in pipeline.family.arguments and args.sampler != "few-step":
         # A batch that has fewer rows is filled up, for nothing where it is the only one. Noise
         # that a sampler adds is drawn for the batch as a whole, so there its size is left alone.
         args.batch_size = min(args.batch_size, count)

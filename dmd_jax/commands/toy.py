@@ -134,8 +134,8 @@ def train(
         for player, found in jax.device_get(metrics).items():
             _check_finite(found, objective, done - config.log_every)
             # A player's metrics are zero on the steps that do not update it.
-            every = chosen.players[player].every
-            values |= {name: float(each[::every].mean()) for name, each in found.items()}
+            updated = chosen.players[player].updates(np.arange(done - config.log_every, done))
+            values |= {name: float(each[updated].mean()) for name, each in found.items()}
         losses = (f"{name} {value:.4g}" for name, value in values.items() if "loss" in name)
         progress.update(done, "  ".join(losses))
         writer.scalars(done, values)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dmd_jax.config.moved import place_of
 from dmd_jax.config.parts import Run, run_defaults
 from dmd_jax.errors import UserError, differing
-from dmd_jax.objectives import KINDS
+from dmd_jax.objectives.kinds import KINDS
 from dmd_jax.options import Option, make, options_of
 
 

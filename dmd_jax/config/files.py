@@ -26,7 +26,7 @@ from dmd_jax.config.moved import drop_gone, place_of, places, with_places
 from dmd_jax.config.parts import FREE, OBJECTIVE, run_defaults
 from dmd_jax.config.stages import stages_of
 from dmd_jax.errors import UserError
-from dmd_jax.objectives import KINDS
+from dmd_jax.objectives.kinds import KINDS
 from dmd_jax.storage.files import local_path
 from dmd_jax.storage.real_files import check_real_file, is_there
 from dmd_jax.storage.seals import read_sealed, write_sealed

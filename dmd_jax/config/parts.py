@@ -8,7 +8,8 @@ from typing import Any
 from dmd_jax.method.precision import PRECISIONS
 from dmd_jax.models import DTYPES
 from dmd_jax.models.ops.remat import REMATS
-from dmd_jax.objectives import KINDS, Denoising
+from dmd_jax.objectives import Denoising
+from dmd_jax.objectives.kinds import KINDS
 from dmd_jax.objectives.optimizers import AdamW
 from dmd_jax.options import defaults_of, option
 from dmd_jax.teachers.text_parts import DECODERS
@@ -129,7 +130,7 @@ class Run:
     data: Data = option(factory=Data)
     pairs: Pairs = option(factory=Pairs)
 
-    # "name", one of objectives.KINDS, and the options of that objective's settings.
+    # "name", one of objectives.kinds.KINDS, and the options of that objective's settings.
     objective: dict = option(factory=lambda: objective_defaults(OBJECTIVE))
     batch_size: int = option(392, least=1, staged=True)
     optimizer: dict[str, AdamW] = option(factory=dict)  # of each player

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dmd_jax.config import settings_of, stages_of
+from dmd_jax.config import named_stages, settings_of, stages_of
 from dmd_jax.data.pair_shards import PairSource
 from dmd_jax.data.pairs_metadata import TextPairsMetadata
+from dmd_jax.data.sources import ImageSource
 from dmd_jax.distillation.from_config import (
     check_same_network,
     computation_of,
     distance_of,
     fake_weight_of,
+    images_of,
     lpips_of,
 )
 from dmd_jax.distillation.setting import Method, Setting
@@ -28,7 +30,8 @@ from dmd_jax.method.randomness import Role, key_data, role_key
 from dmd_jax.method.types import Params
 from dmd_jax.models import guided
 from dmd_jax.models.judges.lpips import lpips_template
-from dmd_jax.objectives import KINDS, Networks, Objective
+from dmd_jax.objectives import Networks, Objective
+from dmd_jax.objectives.kinds import KINDS
 from dmd_jax.objectives.optimizers import AdamW, Optimizer, adamw
 from dmd_jax.options import make
 from dmd_jax.storage.weights import Weights, load_weights, params_sha256
@@ -68,6 +71,7 @@ def method_of(config: ConfigDict) -> Method:
 
     def objective(stage: ConfigDict) -> Objective:
         own = teachers[stage.teacher.decoder]
+        judged = {} if judge is None else {"lpips": functools.partial(distance, own)}
         return build_objective(
             settings_of(stage),
             name=stage.objective.name,
@@ -75,9 +79,9 @@ def method_of(config: ConfigDict) -> Method:
             networks=roles_of(stage, own),
             init=dict.fromkeys(optimizers, copy),
             optimizers=optimizers,
-            lpips=None if judge is None else functools.partial(distance, own),
             fake_weight=weight,
             preview_key=key,
+            **judged,
         )
 
     def frozen() -> dict[str, Any]:
@@ -133,6 +137,9 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
     if method.judged:
         frozen["lpips"] = lpips_of(config)
         identity["lpips_sha256"] = params_sha256(frozen["lpips"])
+    images = _images_of(config, method)
+    if images is not None:
+        identity["images"] = len(images)
     starts = _starts(config, method.objective(config))
     for name, start in starts.items():
         identity[f"start_{name}_sha256"] = params_sha256(start)
@@ -140,6 +147,7 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
     def sources(stage: ConfigDict) -> dict[str, Any]:
         needs = method.objective(stage).needs
         found = {"pairs": pairs[stage.data.pairs]} if "pairs" in needs else {}
+        found |= {"images": images} if "images" in needs else {}
         return found | ({"prompts": text.prompts} if "prompts" in needs else {})
 
     preview, count = _preview(teacher, frozen, sources(config))
@@ -155,6 +163,23 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
         preview=preview,
         preview_count=count,
     )
+
+
+def _images_of(config: ConfigDict, method: Method) -> ImageSource | None:
+    """The real images of the stages that read some, if any does.
+
+    Raises:
+      UserError: as images_of.
+    """
+    for where, stage in named_stages(config):
+        if "images" in method.objective(stage).needs:
+            if method.teacher.takes == "text":
+                raise UserError(
+                    f"{where}.objective.gan_weight: there is no source of encoded latents with "
+                    "their prompts; expected gan_weight and gan_fake_weight 0 for text"
+                )
+            return images_of(config, method.teacher)
+    return None
 
 
 def _starts(config: ConfigDict, objective: Objective) -> dict[str, Params]:

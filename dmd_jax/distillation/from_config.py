@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmd_jax.config import stages_of, value_of
+from dmd_jax.data.images import open_images
 from dmd_jax.data.prompt_shards import PromptSource
+from dmd_jax.data.sources import ImageSource
 from dmd_jax.errors import UserError
 from dmd_jax.method import losses
 from dmd_jax.method.schedules import NoiseLevel
@@ -24,6 +26,7 @@ from dmd_jax.parallel.sharding import check_batch_size, infer_shardings, make_me
 from dmd_jax.storage.files import path_of
 from dmd_jax.storage.judge_weights import LPIPS, how_to_make, load_auxiliary
 from dmd_jax.storage.weights import Weights, load_weights
+from dmd_jax.teachers.teacher import Teacher
 
 
 def check_batches(config: ConfigDict, mesh: Mesh, where: str) -> None:
@@ -103,6 +106,28 @@ def check_same_network(
         raise UserError(
             f"{where} is of another architecture than config.{key}: {'; '.join(different)}"
         )
+
+
+def images_of(config: ConfigDict, teacher: Teacher) -> ImageSource:
+    """The real images of config.data.images.
+
+    Raises:
+      UserError: none are named or readable, or they do not fit the network.
+    """
+    if not config.data.images:
+        raise UserError(
+            "config.data.images is empty; expected real images, such as a folder or .zip of them"
+        )
+    classes = teacher.limits.get("label", 0)
+    images = open_images(config.data.images, resolution=teacher.sample_shape[0])
+    # A network without classes takes images with labels, which it is not told.
+    if images.sample_shape != teacher.sample_shape or (classes and images.num_classes != classes):
+        raise UserError(
+            f"config.data.images {config.data.images} has shape {images.sample_shape} and "
+            f"{images.num_classes} classes; config.network expects {teacher.sample_shape} and "
+            f"{classes}"
+        )
+    return images
 
 
 def computation_of(config: ConfigDict) -> dict[str, str]:

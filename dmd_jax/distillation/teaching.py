@@ -6,9 +6,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dmd_jax.config.parts import Teaching
-from dmd_jax.data.images import open_images
 from dmd_jax.distillation import preview_key
-from dmd_jax.distillation.from_config import computation_of, fake_weight_of
+from dmd_jax.distillation.from_config import computation_of, fake_weight_of, images_of
 from dmd_jax.distillation.setting import Method, Setting
 from dmd_jax.errors import UserError
 from dmd_jax.models import build_denoiser
@@ -33,20 +32,15 @@ def teaching_of(config: ConfigDict) -> Setting:
             "this command trains"
         )
     denoiser = build_denoiser(config.network.to_dict(), **computation_of(config))
-    images = open_images(config.data.images, resolution=denoiser.sample_shape[0])
-    if (images.sample_shape, images.num_classes) != (denoiser.sample_shape, denoiser.num_classes):
-        raise UserError(
-            f"config.data.images {config.data.images} has shape {images.sample_shape} and "
-            f"{images.num_classes} classes; config.network expects {denoiser.sample_shape} and "
-            f"{denoiser.num_classes}"
-        )
+    teacher = edm_teacher(denoiser)
+    images = images_of(config, teacher)
     settings = make(Teaching, config.teaching.to_dict(), "config.teaching")
     optimizer = adamw(settings.optimizer)
 
     def objective(stage: ConfigDict) -> Objective:
         return denoising(
             settings,
-            edm_teacher(denoiser),
+            teacher,
             denoiser.init,
             optimizer,
             weight=fake_weight_of(config),

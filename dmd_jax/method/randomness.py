@@ -25,6 +25,13 @@ class Role(enum.IntEnum):
     SAMPLER_NOISE = 9  # of `evaluate` and `sample`; the samplers of pairs add none
     SAMPLE_LATENTS = 10  # of `evaluate` and `sample`, which are never those of pairs
     SAMPLE_LABELS = 11
+    GAN_GENERATOR = 12  # levels and noise at which a head sees samples, as the generator learns
+    GAN_FAKE = 13  # and as the head learns
+    GAN_REAL = 14
+    STEP = 15  # which of its steps a generator of several learns
+    STEP_NOISE = 16  # between those steps
+    FAKE_LATENTS = 17  # of samples that only the fake score learns from
+    FAKE_LABELS = 18
 
 
 def key_data(seed: int) -> jax.Array:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,7 +14,14 @@ import numpy as np
 from jax import lax
 
 from dmd_jax.errors import UserError
-from dmd_jax.method.schedules import NoiseSchedule, edm_level, karras_sigmas
+from dmd_jax.method.schedules import (
+    NoiseLevel,
+    NoiseSchedule,
+    edm_level,
+    few_step_indices,
+    forward_diffusion,
+    karras_sigmas,
+)
 from dmd_jax.method.types import Denoise, Params
 
 
@@ -84,18 +93,109 @@ def euler(
 
 
 def one_step(
-    denoise: Denoise, params: Params, z: jax.Array, cond, *, schedule: NoiseSchedule
+    denoise: Denoise,
+    params: Params,
+    z: jax.Array,
+    cond,
+    *,
+    schedule: NoiseSchedule,
+    sigma: float | None = None,
 ) -> jax.Array:
     """The one-step generator: the denoiser held at the schedule's last level.
 
     Args:
       z: standard normal noise [B, ...]. cond: labels [B], or None.
+      sigma: the level of EDM's (alpha = 1) that it is held at in place of the last one; 2.5 in
+        score identity distillation (arXiv 2404.04057).
 
     Returns:
-      x0 = denoise(params, prior_scale * z, last level, cond), of z's shape.
+      x0 = denoise(params, prior_scale * z, last level, cond), of z's shape; of sigma * z at sigma
+      where that is given.
     """
+    if sigma is not None:
+        return denoise(params, sigma * z, edm_level(jnp.full(z.shape[:1], sigma)), cond)
     level = schedule.generator_level(z.shape[0])
     return denoise(params, schedule.prior_scale * z, level, cond)
+
+
+def few_step(
+    denoise: Denoise,
+    params: Params,
+    z: jax.Array,
+    cond,
+    *,
+    schedule: NoiseSchedule,
+    num_steps: int,
+    key: jax.Array,
+) -> jax.Array:
+    """A generator of several steps: predict x0, noise it to the next level, and again.
+
+    No ODE is followed: the noise of each step is fresh. Source: arXiv 2405.14867, section 4.4.
+
+    Args:
+      z: standard normal noise [B, ...]. cond: as the denoiser takes it.
+      num_steps: one of `few_step_indices`; 1 is `one_step`.
+      key: of the noise between the steps (`few_step_noise`).
+
+    Returns:
+      x0 at the last of the levels, of z's shape.
+
+    Raises:
+      UserError: num_steps does not divide the schedule's levels.
+    """
+    noise = functools.partial(few_step_noise, key, z.shape)
+    x_t, level = few_step_input(
+        *(denoise, params, z, cond),
+        schedule=schedule,
+        num_steps=num_steps,
+        step=num_steps - 1,
+        noise=noise,
+    )
+    return denoise(params, x_t, level, cond)
+
+
+def few_step_noise(key: jax.Array, shape: tuple[int, ...], step: jax.Array | int) -> jax.Array:
+    """The noise that `few_step` adds before its step of that number, counted from 0."""
+    return jax.random.normal(jax.random.fold_in(key, step), shape, jnp.float32)
+
+
+def few_step_input(
+    denoise: Denoise,
+    params: Params,
+    z: jax.Array,
+    cond,
+    *,
+    schedule: NoiseSchedule,
+    num_steps: int,
+    step: jax.Array | int,
+    noise: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, NoiseLevel]:
+    """What `few_step` feeds the denoiser at one of its steps: DMD2's backward simulation.
+
+    Args:
+      step: which of them, a scalar from 0 to num_steps - 1; it may be traced.
+      noise: (step) -> the noise [B, ...] that is added before it.
+
+    Returns:
+      (x_t, the level of x_t), which no gradient flows through. Step 0 has prior_scale * z.
+
+    Raises:
+      UserError: num_steps does not divide the schedule's levels.
+    """
+    indices = jnp.asarray(few_step_indices(schedule.num_levels, num_steps))
+    params, z, cond = jax.lax.stop_gradient((params, jnp.asarray(z, jnp.float32), cond))
+
+    def level(step: jax.Array | int) -> NoiseLevel:
+        return schedule.level(jnp.full(z.shape[:1], indices[step]))
+
+    def advance(done: jax.Array, x_t: jax.Array) -> jax.Array:
+        x0 = denoise(params, x_t, level(done), cond)
+        return forward_diffusion(x0, noise(done + 1), level(done + 1))
+
+    first = schedule.prior_scale * z
+    if num_steps == 1:
+        return first, level(0)
+    return lax.fori_loop(0, step, advance, first), level(step)
 
 
 class _Steps(NamedTuple):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dmd_jax.errors import UserError
+
 
 class NoiseLevel(NamedTuple):
     """The noise level of each example of a batch; three float arrays of one shape, usually [B].
@@ -132,6 +134,22 @@ class NoiseSchedule:
     def generator_level(self, batch_size: int) -> NoiseLevel:
         """The constant last level that a one-step generator is held at, arrays [batch_size]."""
         return self.level(jnp.full((batch_size,), self.num_levels - 1))
+
+
+def few_step_indices(num_levels: int, num_steps: int) -> tuple[int, ...]:
+    """The levels of a generator of several steps, most noise first: 999, 749, 499, 249 for four.
+
+    They count down from the last of T levels by T / num_steps (arXiv 2405.14867, section 4.4).
+
+    Raises:
+      UserError: num_steps does not divide num_levels.
+    """
+    if num_steps < 1 or num_levels % num_steps:
+        raise UserError(
+            f"{num_steps} steps of a generator; expected a number of at least 1 that divides the "
+            f"schedule's {num_levels} levels"
+        )
+    return tuple(range(num_levels - 1, -1, -(num_levels // num_steps)))
 
 
 def karras_sigmas(

@@ -6,8 +6,6 @@ over all that is left. The same rule gives the heads of other sizes.
 
 from __future__ import annotations
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from dmd_jax.method.precision import at_own_precision
 from dmd_jax.models.ops.layers import GroupNorm, conv, dense
 
 _GROUPS, _EPSILON = 32, 1e-5
+_FEWEST = 8  # channels of a group where the authors' 32 groups would have one or none
 _LARGEST = 4  # height or width that one convolution takes up whole
 # As PyTorch draws the weights of its layers: uniform on +-1/sqrt(fan_in). Biases start at zero.
 _INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -52,7 +51,7 @@ class Head(nn.Module):
 
     def _to_one_pixel(self, h: jax.Array, channels: int) -> jax.Array:
         """[B, h, w, C] -> [B, C]."""
-        groups, index = math.gcd(_GROUPS, channels), 0
+        groups, index = _groups(channels), 0
 
         def block(h: jax.Array, size: int | tuple[int, int], name: str, **options) -> jax.Array:
             layer = conv(
@@ -64,3 +63,14 @@ class Head(nn.Module):
             h = block(h, 4, f"down{index}", strides=2, padding=1)
             index += 1
         return block(h, h.shape[1:3], "whole", padding=0)[:, 0, 0]
+
+
+def _groups(channels: int) -> int:
+    """Of the norms. The last one's groups have a value a channel: of one alone, nothing is left."""
+    if channels >= 2 * _GROUPS and channels % _GROUPS == 0:
+        return _GROUPS
+    return max(
+        groups
+        for groups in range(1, _GROUPS + 1)
+        if channels % groups == 0 and channels // groups >= min(_FEWEST, channels)
+    )

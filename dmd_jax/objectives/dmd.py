@@ -13,13 +13,15 @@ import jax.numpy as jnp
 from dmd_jax.errors import UserError
 from dmd_jax.method import losses
 from dmd_jax.method.randomness import Role
-from dmd_jax.method.schedules import NoiseLevel, expand
+from dmd_jax.method.schedules import NoiseLevel
 from dmd_jax.method.types import Params
+from dmd_jax.objectives.conditions import cond_of, fresh_cond
 from dmd_jax.objectives.denoising import fake_score_loss
 from dmd_jax.objectives.draws import Draws, draw
 from dmd_jax.objectives.matching import Networks, generator_loss, join_pairs
 from dmd_jax.objectives.objective import Batch, Keys, Need, Objective, Player, Seen, View, need
 from dmd_jax.objectives.optimizers import Optimizer
+from dmd_jax.objectives.pictures import one_by_one, shown
 from dmd_jax.options import option
 from dmd_jax.teachers.teacher import Frozen, Teacher
 
@@ -135,24 +137,16 @@ def _fresh(settings: DMD) -> int:
     return settings.batch_size - settings.match_reference * settings.regression_batch_size
 
 
-def _cond(parts: _Parts, frozen: Frozen, rows: Mapping[str, jax.Array]) -> Any:
-    """The condition of rows of data, which may have been encoded before the step."""
-    return rows["cond"] if "cond" in rows else parts.teacher.encode(frozen, rows)
-
-
 def _rows(parts: _Parts, keys: Keys, frozen: Frozen, batch: Batch) -> dict[str, Any]:
     """What the generator sees, and the draws of both losses."""
     settings, teacher = parts.settings, parts.teacher
     fresh = _fresh(settings)
     z = jax.random.normal(keys(Role.LATENTS), (fresh, *teacher.sample_shape), jnp.float32)
-    if teacher.draw_tokens is None:
-        cond = _cond(parts, frozen, batch["prompts"])
-    else:
-        cond = teacher.encode(frozen, teacher.draw_tokens(keys(Role.LABELS), fresh))
+    cond = fresh_cond(teacher, keys(Role.LABELS), frozen, batch, fresh)
     rows = {"z": z, "cond": cond}
     if "pairs" in batch:
         pairs = batch["pairs"]
-        cond_ref = _cond(parts, frozen, pairs)
+        cond_ref = cond_of(teacher, frozen, pairs)
         rows["y_ref"] = pairs["y_ref"]
         if settings.match_reference:
             rows["z"] = join_pairs(z, pairs["z_ref"])
@@ -225,7 +219,7 @@ def _pictures(
 ) -> dict[str, jax.Array]:
     """The images behind the loss, always of the same latents and levels."""
     rows = batch["pairs"] if "pairs" in batch else batch["prompts"]
-    cond = _cond(parts, frozen, rows)
+    cond = cond_of(parts.teacher, frozen, rows)
     shape = (count, *parts.teacher.sample_shape)
     latents_key, draw_key = jax.random.split(parts.preview_key)
     seen = {
@@ -237,14 +231,10 @@ def _pictures(
         seen |= {"z_ref": rows["z_ref"], "y_ref": rows["y_ref"], "cond_ref": cond}
 
     def of_one(example: dict[str, Any]) -> dict[str, jax.Array]:
-        # One at a time: attention on large latents needs gigabytes for a few of them.
-        example = jax.tree.map(lambda leaf: leaf[None], example)
         _, aux = _loss(parts, players["generator"], players, frozen, example)
-        decode = functools.partial(parts.teacher.decode, frozen)
-        shown = _shown(aux["pictures"], example["matching"], decode)
-        return jax.tree.map(lambda leaf: leaf[0], shown)
+        return shown(aux["pictures"], example["matching"], parts.teacher, frozen)
 
-    return jax.lax.map(of_one, seen)
+    return one_by_one(of_one, seen)
 
 
 def _needs(settings: DMD, teacher: Teacher) -> dict[str, Need]:
@@ -259,27 +249,3 @@ def _needs(settings: DMD, teacher: Teacher) -> dict[str, Need]:
     if teacher.draw_tokens is None:
         needs["prompts"] = need(_fresh(settings), teacher.tokens)
     return needs
-
-
-def _shown(
-    pictures: Mapping[str, jax.Array],
-    draws: Draws,
-    decode: Callable[[jax.Array], jax.Array],
-) -> dict[str, jax.Array]:
-    """What `generator_loss` gives as pictures, as images."""
-    pictures = dict(pictures)
-    if "x_t" in pictures:
-        # To the brightness of an image, whatever the noise's scale.
-        spread = jnp.hypot(draws.level.alpha, draws.level.sigma)
-        pictures["x_t"] = pictures["x_t"] / expand(spread, pictures["x_t"])
-    shown = {name: decode(picture) for name, picture in pictures.items() if name != "gradient"}
-    if "gradient" in pictures:
-        shown["gradient"] = _beside(pictures["gradient"], shown["x"])
-    return shown
-
-
-def _beside(gradient: jax.Array, images: jax.Array) -> jax.Array:
-    """A gradient on latents at the size and with the channels of their images."""
-    factor = images.shape[1] // gradient.shape[1]
-    gradient = jnp.repeat(jnp.repeat(gradient, factor, axis=1), factor, axis=2)
-    return gradient[..., : images.shape[-1]]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dmd_jax.method import losses, samplers
-from dmd_jax.method.schedules import NoiseSchedule, forward_diffusion
+from dmd_jax.method.schedules import NoiseSchedule, expand, forward_diffusion
 from dmd_jax.method.types import Denoise, Generate, Params
 from dmd_jax.objectives.draws import Draws
 from dmd_jax.objectives.objective import check_batch
@@ -113,10 +113,8 @@ def generator_loss(
     x = networks.generate(params, batch["z"], batch["cond"])
     loss, metrics, pictures = jnp.zeros(()), {}, {"x": x}
     if matching_weight:
-        gradient, metrics, scores = _matching_gradient(
-            jax.lax.stop_gradient(x),
-            draws,
-            batch["cond"],
+        matching, aux = matching_loss(
+            *(x, draws, batch["cond"]),
             networks=networks,
             teacher_params=teacher_params,
             fake_score_params=fake_score_params,
@@ -124,9 +122,9 @@ def generator_loss(
             weighting=weighting,
             alpha_factor=alpha_factor,
         )
-        metrics["loss_matching"] = losses.distribution_matching_loss(x, gradient)
-        loss = matching_weight * metrics["loss_matching"]
-        pictures |= scores
+        loss = matching_weight * matching
+        metrics |= aux["metrics"]
+        pictures |= aux["pictures"]
     if regression_weight:
         if "z_ref" in batch:
             x_ref = networks.generate(params, batch["z_ref"], batch["cond_ref"])
@@ -140,7 +138,7 @@ def generator_loss(
     return loss, {"x": jax.lax.stop_gradient(x), "metrics": metrics, "pictures": pictures}
 
 
-def _matching_gradient(
+def matching_loss(
     x: jax.Array,
     draws: Draws,
     cond: Any,
@@ -148,32 +146,45 @@ def _matching_gradient(
     networks: Networks,
     teacher_params: Params,
     fake_score_params: Params,
-    use_fake_score: bool,
+    use_fake_score: bool = True,
+    sample_weight: jax.Array | None = None,
     **options: Any,
-) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-    """Diffuses x, asks both scores, and returns the gradient, its metrics and the images.
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The matching loss of samples that a generator made (Eq. 7 and 8).
 
     Args:
+      x: generator samples [B, ...], which the gradient goes to. draws: levels and noise.
+      cond: their conditions: None, or a tree of arrays [B, ...].
+      networks, teacher_params, fake_score_params, use_fake_score: as for generator_loss.
+      sample_weight: [B], which each sample's gradient is multiplied by; None for 1.
       options: of losses.distribution_matching_gradient.
+
+    Returns:
+      (loss, aux). aux holds "metrics", a dict of scalars; and "pictures", the images behind it.
     """
-    x_t = forward_diffusion(x, draws.noise, draws.level)
+    held = jax.lax.stop_gradient(x)
+    x_t = forward_diffusion(held, draws.noise, draws.level)
     denoised_real = networks.teacher(teacher_params, x_t, draws.level, cond)
-    denoised_fake = x
+    denoised_fake = held
     if use_fake_score:
         denoised_fake = networks.fake_score(fake_score_params, x_t, draws.level, cond)
     gradient, nonfinite = losses.distribution_matching_gradient(
-        x,
+        held,
         denoised_real,
         denoised_fake,
         level=draws.level,
         **options,
     )
+    if sample_weight is not None:
+        gradient = expand(sample_weight, gradient) * gradient
+    loss = losses.distribution_matching_loss(x, gradient)
     norms = jnp.sqrt(jnp.sum(jnp.square(gradient), axis=tuple(range(1, x.ndim))))
     metrics = {
         "dm_gradient_norm": norms.mean(),
-        "mean_abs_real_minus_x": jnp.abs(denoised_real - x).mean(),
+        "mean_abs_real_minus_x": jnp.abs(denoised_real - held).mean(),
         # A mean as the others, so that micro-batches average alike: elements zeroed per sample.
         "dm_nonfinite": nonfinite.astype(jnp.float32).mean(),
+        "loss_matching": loss,
     }
     pictures = {
         "x_t": x_t,
@@ -181,4 +192,4 @@ def _matching_gradient(
         "denoised_fake": denoised_fake,
         "gradient": gradient,
     }
-    return gradient, metrics, pictures
+    return loss, {"metrics": metrics, "pictures": pictures}

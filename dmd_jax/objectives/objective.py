@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ class View(NamedTuple):
     frozen: Frozen  # what a step only reads
     rows: Any  # of this micro-batch, as Objective.rows made them
     shared: Mapping[str, Any]  # what the losses of earlier players shared on these rows
+    carry: Any = None  # what the player's own loss left for its next update
+    averages: Mapping[str, Params] = {}  # each player's average, or its parameters without one
 
 
 class Seen(NamedTuple):
@@ -35,6 +38,8 @@ class Seen(NamedTuple):
     metrics: Mapping[str, jax.Array] = {}  # scalars; micro-batches average them
     # For later players of the same step, whose gradients do not reach this one: arrays [B, ...].
     shared: Mapping[str, Any] = {}
+    # What the loss leaves for its next update, of the carry's shapes; micro-batches average it.
+    carry: Any = None
 
 
 Loss = Callable[[Params, View], tuple[jax.Array, Seen]]
@@ -50,6 +55,24 @@ class Player(NamedTuple):
     optimizer: Optimizer
     every: int = 1  # updates on the first step and on each n-th after it
     ema_decay: float = 0.0  # of the average; 0 keeps none
+    # Does not update on the first step and each n-th after it; 0 leaves none out.
+    but_every: int = 0
+    # The carry of its loss before the first update, if it has one.
+    carry: Callable[[], Any] | None = None
+
+    def updates(self, step: jax.Array | int) -> jax.Array | bool:
+        """Whether the player updates on the step after so many."""
+        if self.but_every:
+            return (step % self.every == 0) & (step % self.but_every != 0)
+        return step % self.every == 0
+
+    def updates_before(self, step: jax.Array | int) -> jax.Array | int:
+        """How often the player has updated after so many steps."""
+        updates = (step + self.every - 1) // self.every
+        if self.but_every:
+            both = math.lcm(self.every, self.but_every)
+            updates = updates - (step + both - 1) // both
+        return updates
 
 
 class Need(NamedTuple):

@@ -18,13 +18,17 @@ from dmd_jax.teachers.teacher import Frozen, Teacher, Tokens
 
 log = logging.getLogger(__name__)
 
+_FEW = 4  # steps of few-step with weights that say no number, as DMD2's generators have
+
 
 class ImageMaker:
     """Makes images of noise and tokens on this process's devices, one compiled program for all.
 
     Args:
-      sampler: one of the family's. num_steps: of all but one-step; the family's by default.
-      guidance: classifier-free, by the condition of nothing; 1 is none, and all that one-step
+      sampler: one of the family's; None for the generator's, as its weights say.
+      num_steps: of all but one-step; the weights' for few-step and the family's for the others by
+        default.
+      guidance: classifier-free, by the condition of nothing; 1 is none, and all that a generator
         takes.
       batch_size: images at a time, the family's by default; rounded up to a multiple of the
         devices.
@@ -40,7 +44,7 @@ class ImageMaker:
         self,
         pipeline: Pipeline,
         *,
-        sampler: str,
+        sampler: str | None = None,
         num_steps: int | None = None,
         guidance: float = 1.0,
         batch_size: int | None = None,
@@ -49,13 +53,13 @@ class ImageMaker:
         devices: Sequence[jax.Device] | None = None,
     ):
         teacher, defaults = pipeline.teacher, pipeline.family.defaults
-        make = x0_maker(
-            teacher,
-            sampler,
-            num_steps=defaults["steps"] if num_steps is None else num_steps,
-            guidance=guidance,
-            **(options or {}),
-        )
+        asked = pipeline.weights.generator
+        sampler = sampler or generator_sampler_of(asked)
+        if sampler == "one-step" and "sigma_init" in asked:
+            options = {"sigma": asked["sigma_init"]} | dict(options or {})
+        if num_steps is None:
+            num_steps = steps_of(sampler, asked, defaults["steps"])
+        make = x0_maker(teacher, sampler, num_steps=num_steps, guidance=guidance, **(options or {}))
         self.sample_shape = tuple(sample_shape or teacher.sample_shape)
         self._teacher = teacher
         self._devices = LocalDevices(batch_size or defaults["batch_size"], devices)
@@ -117,6 +121,20 @@ class ImageMaker:
     def _decode(self) -> Callable[[jax.Array], jax.Array]:
         decode = self._devices.compile(self._teacher.decode)
         return functools.partial(decode, self._devices.replicate(self._decoders))
+
+
+def generator_sampler_of(asked: Mapping[str, float]) -> str:
+    """The sampler of a generator that is asked as Weights.generator says."""
+    return "few-step" if asked.get("num_steps", 1) > 1 else "one-step"
+
+
+def steps_of(sampler: str, asked: Mapping[str, float], usual: int) -> int:
+    """How many steps a sampler makes by default.
+
+    Args:
+      asked: Weights.generator. usual: of the family's samplers of several steps.
+    """
+    return int(asked.get("num_steps", _FEW)) if sampler == "few-step" else usual
 
 
 def x0_maker(

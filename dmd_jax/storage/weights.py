@@ -6,8 +6,9 @@ A text-to-image folder is that of its UNet, with such a folder for each other ne
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -29,6 +30,8 @@ _LONGEST_CONFIG = 8 << 20  # bytes; the names of many classes take some
 _DTYPES = ("F32", "BF16", "F16")
 # In a run's workdir: the names of the classes that its weights get in their config.json.
 CLASSES_FILE = "classes.json"
+# Keys of config.objective that say how a generator is asked, and what they are without them.
+_ASKED = {"num_steps": 1, "sigma_init": None}
 # The players that runs are for.
 KEPT = ("generator", "teacher")
 
@@ -42,6 +45,8 @@ class Weights(NamedTuple):
     source: dict[str, str] | None = None  # "file" and "sha256" of what they were converted from
     # By label, None for one without a name; None as a whole where the training data have no names.
     class_names: tuple[str | None, ...] | None = None
+    # How a generator is asked that is not held at the schedule's last level for one step.
+    generator: Mapping[str, float] = MappingProxyType({})
 
 
 def packaged(name: str) -> Path:
@@ -87,6 +92,8 @@ def save_leaves(folder: Path, weights: Weights, leaf_of: Callable[[str], np.ndar
             config["source"] = weights.source
         if weights.class_names is not None:
             config["class_names"] = list(weights.class_names)
+        if weights.generator:
+            config["generator"] = dict(weights.generator)
         write_sealed(folder / "config.json", config)
     except OSError as error:
         raise UserError(f"weights could not be written to {folder}: {error}") from error
@@ -161,6 +168,27 @@ def network_of(folder: Path) -> dict[str, Any]:
     return _network(config["config"] if is_workdir else config, folder)
 
 
+def generator_of(folder: Path) -> dict[str, float]:
+    """How the generator of a weights folder or a workdir is asked, as Weights.generator.
+
+    Raises:
+      UserError: as network_of.
+    """
+    folder = path_of(folder)
+    is_workdir = _is_workdir(folder)
+    content = _read_json(folder / "config.json", needs="config" if is_workdir else "network")
+    return _generator(content["config"].get("objective") if is_workdir else content, folder)
+
+
+def asked_by(objective: Mapping[str, Any]) -> dict[str, float]:
+    """What config.objective says of how its generator is asked, as Weights.generator."""
+    return {
+        key: objective[key]
+        for key, usual in _ASKED.items()
+        if objective.get(key) is not None and objective[key] != usual
+    }
+
+
 def denoiser_of(weights: Weights, **options: str) -> Denoiser:
     """The network of the weights; `options` are build_denoiser's: dtype, precision and remat."""
     return build_denoiser(weights.network, **options)
@@ -214,6 +242,22 @@ def _class_names(
     return tuple(names)
 
 
+def _generator(content: Any, folder: Path) -> dict[str, float]:
+    """`asked_by` of a run's objective, or what the config of a weights folder has of it.
+
+    Raises:
+      UserError: something else than positive numbers.
+    """
+    content = content if isinstance(content, dict) else {}
+    found = asked_by(content.get("generator", content))
+    for key, value in found.items():
+        kind = int if key == "num_steps" else float
+        if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < 1e6:
+            path = folder / "config.json"
+            raise UserError(f"{path}: {key} is {value!r:.100}; expected a positive number")
+    return found
+
+
 def _load_folder(folder: Path) -> Weights:
     config = _read_json(folder / "config.json", needs="network")
     network = _network(config, folder)
@@ -228,7 +272,8 @@ def _load_folder(folder: Path) -> Weights:
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
     description = config.get("description", str(folder))
     names = _class_names(config, network, folder / "config.json")
-    return Weights(network, params, description, config.get("source"), names)
+    asked = _generator(config, folder)
+    return Weights(network, params, description, config.get("source"), names, asked)
 
 
 def _read_leaves(folder: Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -275,14 +320,18 @@ def _load_workdir(folder: Path, player: str | None) -> Weights:
     if answered(lambda: is_there(folder / CLASSES_FILE)):
         content = _read_json(folder / CLASSES_FILE, needs="class_names")
         names = _class_names(content, network, folder / CLASSES_FILE)
-    return Weights(network, params, f"{folder} at step {step}, {name}", class_names=names)
+    description = f"{folder} at step {step}, {name}"
+    asked = _generator(config.get("objective"), folder)
+    return Weights(network, params, description, class_names=names, generator=asked)
 
 
 def _places(player: str) -> list[str]:
     """Where a checkpoint may hold a player's parameters, best first."""
-    # The last two in checkpoints that know no players, whose average is the kept one's.
+    # First where the player has a head beside its network. The last two in checkpoints that know no
+    # players, whose average is the kept one's.
     average = ["ema"] if player in KEPT else []
-    return [f"players/{player}/ema", f"players/{player}/params", *average, f"{player}/params"]
+    own = [f"players/{player}/{of}" for of in ("params/network", "ema", "params")]
+    return [*own, *average, f"{player}/params"]
 
 
 def _read_json(path: Path, *, needs: str) -> dict[str, Any]:

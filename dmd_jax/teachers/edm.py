@@ -15,19 +15,26 @@ from dmd_jax.errors import UserError
 from dmd_jax.method import samplers
 from dmd_jax.models import Denoiser, build_denoiser
 from dmd_jax.storage.weights import Weights, params_sha256
-from dmd_jax.teachers.family import Family, Networks, Pipeline
+from dmd_jax.teachers.family import (
+    GENERATORS,
+    Family,
+    Networks,
+    Pipeline,
+    generator_sampler,
+)
 from dmd_jax.teachers.teacher import Frozen, Sample, Teacher, Tokens
 
 _MULTI_STEP = {"heun": samplers.heun, "euler": samplers.euler}
-_SAMPLERS = ("one-step", *_MULTI_STEP)
+_SAMPLERS = (*GENERATORS, *_MULTI_STEP)
 _OPTIONS = ("s_churn", "s_min", "s_max", "s_noise")  # of heun and euler
+_OWN_OPTIONS = {"one-step": ("sigma",), "few-step": ()}
 
 
 def edm_teacher(denoiser: Denoiser) -> Teacher:
     """The teacher around a network whose condition is a label, or None.
 
     Frozen arrays: "network". Tokens: "label" int32 [B], where the network has classes. Samplers:
-    one-step, heun and euler; without guidance, as there is no condition of nothing.
+    one-step, few-step, heun and euler; without guidance, as there is no condition of nothing.
     """
     count = denoiser.num_classes
 
@@ -56,16 +63,18 @@ def edm_teacher(denoiser: Denoiser) -> Teacher:
 def _sampler(
     denoiser: Denoiser, name: str, *, num_steps: int, guidance: float = 1.0, **options: float
 ) -> Sample:
-    """(frozen, z, cond, key) -> x0, by one of _SAMPLERS; `options` are of _OPTIONS."""
+    """(frozen, z, cond, key) -> x0, by one of _SAMPLERS.
+
+    Args:
+      options: of _OPTIONS; of one-step, "sigma", as for samplers.one_step.
+    """
     if guidance != 1:
         raise UserError(f"guidance {guidance:g}; expected 1 for a network of labels or of none")
-    known = () if name == "one-step" else _OPTIONS
+    known = _OWN_OPTIONS.get(name, _OPTIONS)
     if unknown := [option for option in options if option not in known]:
         raise UserError(f"the {name} sampler takes no {', '.join(unknown)}")
-    if name == "one-step":
-        return lambda frozen, z, cond, key: samplers.one_step(
-            denoiser.denoise, frozen["network"], z, cond, schedule=denoiser.schedule
-        )
+    if name in GENERATORS:
+        return generator_sampler(denoiser, 1 if name == "one-step" else num_steps, **options)
     if num_steps < 1:
         raise UserError(f"{num_steps} sampling steps; expected at least 1")
     return lambda frozen, z, cond, key: _MULTI_STEP[name](

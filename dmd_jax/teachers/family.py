@@ -7,14 +7,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dmd_jax.models import abstract_params
+from dmd_jax.method import samplers
+from dmd_jax.method.schedules import few_step_indices
+from dmd_jax.models import Denoiser, abstract_params
 from dmd_jax.storage.weights import Weights
-from dmd_jax.teachers.teacher import Frozen, Teacher, Tokens
+from dmd_jax.teachers.teacher import Frozen, Sample, Teacher, Tokens
 from dmd_jax.teachers.tokenizer import Tokenizer
 
 # Options of networks, as for models.build_network, by the names of their parameters in Frozen;
 # decoders are one deeper, by their own names.
 Networks = Mapping[str, Any]
+
+
+# The samplers of a generator, whatever its family.
+GENERATORS = ("one-step", "few-step")
 
 
 class Family(NamedTuple):
@@ -46,6 +52,27 @@ class Pipeline(NamedTuple):
     tokenizer: Tokenizer | None = None
     tokens: Callable[[Sequence[str]], Tokens] | None = None  # of prompts
     sampling: Mapping[str, Any] | None = None
+
+
+def generator_sampler(denoiser: Denoiser, num_steps: int, **options: float) -> Sample:
+    """(frozen, z, cond, key) -> x0 of a generator's one step, or of its several.
+
+    Args:
+      options: of samplers.one_step, where num_steps is 1.
+
+    Raises:
+      UserError: num_steps does not divide the schedule's levels.
+    """
+    denoise, schedule = denoiser.denoise, denoiser.schedule
+    few_step_indices(schedule.num_levels, num_steps)
+
+    def sample(frozen: Frozen, z: jax.Array, cond: Any, key: jax.Array) -> jax.Array:
+        given = denoise, frozen["network"], z, cond
+        if num_steps == 1:
+            return samplers.one_step(*given, schedule=schedule, **options)
+        return samplers.few_step(*given, schedule=schedule, num_steps=num_steps, key=key)
+
+    return sample
 
 
 def abstract_frozen(networks: Networks) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmd_jax.errors import UserError
-from dmd_jax.method import discrete_samplers, samplers
+from dmd_jax.method import discrete_samplers
 from dmd_jax.method.types import Denoise, Params
 from dmd_jax.models import (
     Denoiser,
@@ -24,7 +24,13 @@ from dmd_jax.models import (
 )
 from dmd_jax.models.clip.text import check_tokens
 from dmd_jax.storage.weights import Weights, params_sha256
-from dmd_jax.teachers.family import Family, Networks, Pipeline
+from dmd_jax.teachers.family import (
+    GENERATORS,
+    Family,
+    Networks,
+    Pipeline,
+    generator_sampler,
+)
 from dmd_jax.teachers.teacher import Frozen, Sample, Teacher, Tokens
 from dmd_jax.teachers.text_parts import (
     DECODERS,
@@ -42,7 +48,7 @@ _MULTI_STEP = {
     "dpm++": discrete_samplers.dpm_solver_pp,
     "unipc": discrete_samplers.unipc,
 }
-_SAMPLERS = ("one-step", *_MULTI_STEP)
+_SAMPLERS = (*GENERATORS, *_MULTI_STEP)
 # As Stable Diffusion's folders have it in their scheduler.json.
 _SAMPLING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
 
@@ -60,8 +66,8 @@ def stable_diffusion_teacher(
     """The teacher around a UNet that is conditioned on a text encoder's last hidden state.
 
     Frozen arrays: "network"; "text_encoder"; "null" [1, L, D], the empty prompt's condition; and
-    "decoders", one tree for each name. Tokens: "tokens" int32 [B, L]. Samplers: one-step, without
-    guidance, as a generator has its teacher's in it; pndm, ddim, dpm++ and unipc.
+    "decoders", one tree for each name. Tokens: "tokens" int32 [B, L]. Samplers: one-step and
+    few-step, without guidance, as a generator has its teacher's in it; pndm, ddim, dpm++ and unipc.
 
     Args:
       text_encoder_network, decoder_network: as for models.build_network.
@@ -156,15 +162,13 @@ def _sampler(
     if options:
         raise UserError(f"the {name} sampler takes no {', '.join(options)}")
     denoise = guided(denoiser.denoise, guidance)
-    if name == "one-step":
+    if name in GENERATORS:
         if guidance != 1:
             raise UserError(
-                f"guidance {guidance:g} with the sampler one-step; expected 1: a generator has "
+                f"guidance {guidance:g} with the sampler {name}; expected 1: a generator has "
                 "its teacher's guidance in it"
             )
-        return lambda frozen, z, cond, key: samplers.one_step(
-            denoiser.denoise, frozen["network"], z, cond, schedule=denoiser.schedule
-        )
+        return generator_sampler(denoiser, 1 if name == "one-step" else num_steps)
     given = {
         "schedule": denoiser.schedule,
         "num_steps": num_steps,

@@ -49,8 +49,8 @@ class Training(NamedTuple):
     initialize: Callable[[], Any]  # the state before the first step
     # At least one, in the order of their ends. The position in a stage's batches is in checkpoints.
     stages: Sequence[Stage]
-    # By the player's name: it has metrics on the first step and on each n-th after it.
-    every: Mapping[str, int]
+    # By the player's name: whether the step after so many updates it, and so has its metrics.
+    updates: Mapping[str, Callable[[int], bool]]
     draw_pictures: Callable[[Any], dict[str, np.ndarray]]  # state -> {name: uint8 [H, W, C]}
     profile: range = range(0)  # steps, counted from 1, that are traced into WORKDIR/profile
 
@@ -158,7 +158,7 @@ class _Loop:
             with jax.transfer_guard("disallow"):
                 self.state, metrics = self._stage.advance(self.state, batch)
             traced.append(metrics)
-        metrics = _updated(metrics, self._training.every, self.step)
+        metrics = _updated(metrics, self._training.updates, self.step)
         self.step += 1
         self._pending.append((self.step, metrics))
         if self.step == self._started_at + 1:
@@ -229,12 +229,14 @@ class _Loop:
         return {name: float(np.mean(each)) for name, each in values.items()}
 
 
-def _updated(metrics: Metrics, every: Mapping[str, int], step: int) -> dict[str, jax.Array]:
+def _updated(
+    metrics: Metrics, updates: Mapping[str, Callable[[int], bool]], step: int
+) -> dict[str, jax.Array]:
     """The metrics of the players that the step after `step` updates."""
     return {
         name: value
         for player, values in metrics.items()
-        if step % every[player] == 0
+        if updates[player](step)
         for name, value in values.items()
     }
 

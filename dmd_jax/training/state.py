@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import GetAttrKey
 
 from dmd_jax.method.randomness import key_data
 from dmd_jax.method.types import Params
 from dmd_jax.storage.checkpoints import Former
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class PlayerState:
     """A trained tree: its parameters, its optimiser's state, and their average."""
@@ -23,11 +24,21 @@ class PlayerState:
     params: Params  # nested dict of float32 arrays
     opt_state: optax.OptState
     ema: Params | None  # of the parameters, or None
+    carry: Any = None  # what the player's loss left for its next update, or None
 
     @property
     def averaged(self) -> Params:
         """The average, or the parameters where none is kept."""
         return self.params if self.ema is None else self.ema
+
+    def tree_flatten_with_keys(self):
+        # Without a carry where there is none, as checkpoints of earlier versions have it.
+        names = ("params", "opt_state", "ema") + (("carry",) if self.carry is not None else ())
+        return [(GetAttrKey(name), getattr(self, name)) for name in names], names
+
+    @classmethod
+    def tree_unflatten(cls, names, children) -> PlayerState:
+        return cls(**dict(zip(names, children)))
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +56,7 @@ def train_state(
     transformations: Mapping[str, optax.GradientTransformation],
     *,
     averaged: Collection[str] = (),
+    carries: Mapping[str, Any] = {},
     seed: int,
 ) -> TrainState:
     """The state before the first step.
@@ -52,10 +64,14 @@ def train_state(
     Args:
       params, transformations: of each player, by name.
       averaged: the players that keep an average of their parameters.
+      carries: what the losses of players are given at their first update.
     """
     players = {
         name: PlayerState(
-            tree, transformations[name].init(tree), tree if name in averaged else None
+            tree,
+            transformations[name].init(tree),
+            tree if name in averaged else None,
+            carries.get(name),
         )
         for name, tree in params.items()
     }
@@ -63,12 +79,15 @@ def train_state(
 
 
 def apply_gradients(
-    player: PlayerState, gradients: Params, transformation: optax.GradientTransformation
+    player: PlayerState,
+    gradients: Params,
+    transformation: optax.GradientTransformation,
+    carry: Any = None,
 ) -> PlayerState:
-    """One optimiser update; the average stays."""
+    """One optimiser update, and the next carry of the player's loss; the average stays."""
     updates, opt_state = transformation.update(gradients, player.opt_state, player.params)
     params = optax.apply_updates(player.params, updates)
-    return dataclasses.replace(player, params=params, opt_state=opt_state)
+    return dataclasses.replace(player, params=params, opt_state=opt_state, carry=carry)
 
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:

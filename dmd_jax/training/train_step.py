@@ -31,17 +31,20 @@ def initial_state(
     """The state before the first step.
 
     Args:
-      starts: the parameters of players, by name, that do not start as the objective says.
+      starts: what players start from in place of the frozen network's parameters, by name.
     """
     key = role_key(key_data(seed), 0, Role.INIT)
     players = objective.players
+
+    def start(name: str) -> Params:
+        given = {"network": starts[name]} if name in starts else {}
+        return players[name].init({**frozen, **given}, key)
+
     return train_state(
-        {
-            name: starts[name] if name in starts else player.init(frozen, key)
-            for name, player in players.items()
-        },
+        {name: start(name) for name in players},
         {name: player.optimizer.transformation for name, player in players.items()},
         averaged=[name for name, player in players.items() if player.ema_decay > 0],
+        carries={name: one.carry() for name, one in players.items() if one.carry is not None},
         seed=seed,
     )
 
@@ -63,18 +66,21 @@ def make_train_step(
     def updated(name: str, state: PlayerState, updates: jax.Array, view: View):
         """(the player after its update, its metrics, what its loss shares of all micro-batches)."""
         player = objective.players[name]
+        view = view._replace(carry=state.carry)
 
         def gradients(part: tuple[Any, Any]):
             rows, shared = _split_rows(part, mesh)
             (_, seen), grads = jax.value_and_grad(player.loss, has_aux=True)(
                 state.params, view._replace(rows=rows, shared=shared)
             )
-            return (grads, dict(seen.metrics)), dict(seen.shared)
+            return (grads, dict(seen.metrics), seen.carry), dict(seen.shared)
 
-        (grads, metrics), shared = accumulate(gradients, (view.rows, view.shared), accumulation)
+        (grads, metrics, carry), shared = accumulate(
+            gradients, (view.rows, view.shared), accumulation
+        )
         metrics[f"grad_norm_{name}"] = optax.tree.norm(grads)
         metrics[f"learning_rate_{name}"] = player.optimizer.learning_rate(updates)
-        state = apply_gradients(state, grads, player.optimizer.transformation)
+        state = apply_gradients(state, grads, player.optimizer.transformation, carry)
         if state.ema is not None:
             ema = update_ema(state.ema, state.params, updates, player.ema_decay)
             state = dataclasses.replace(state, ema=ema)
@@ -82,6 +88,8 @@ def make_train_step(
 
     def kept(name: str, state: PlayerState, updates: jax.Array, view: View):
         """As `updated`, without an update: of the loss, XLA computes what it shares alone."""
+
+        view = view._replace(carry=state.carry)
 
         def share(part: tuple[Any, Any]):
             rows, shared = _split_rows(part, mesh)
@@ -97,11 +105,12 @@ def make_train_step(
 
     def turn(name: str, state: PlayerState, step: jax.Array, view: View):
         """A player's part of the step, in which it updates or is kept."""
-        every = objective.players[name].every
-        if every == 1:
-            return updated(name, state, step, view)
+        player = objective.players[name]
+        updates = player.updates_before(step)
+        if player.every == 1 and not player.but_every:
+            return updated(name, state, updates, view)
         update, keep = functools.partial(updated, name), functools.partial(kept, name)
-        return jax.lax.cond(step % every == 0, update, keep, state, step // every, view)
+        return jax.lax.cond(player.updates(step), update, keep, state, updates, view)
 
     def train_step(state: TrainState, frozen: Frozen, batch: Batch):
         players, metrics, shared = dict(state.players), {}, {}
@@ -113,7 +122,8 @@ def make_train_step(
             rows = parts_of(_split_rows(objective.rows(keys, frozen, batch), mesh), accumulation)
             for name in objective.players:
                 params = {other: player.params for other, player in players.items()}
-                view = View(params, frozen, rows, shared)
+                averages = {other: player.averaged for other, player in players.items()}
+                view = View(params, frozen, rows, shared, averages=averages)
                 players[name], metrics[name], more = turn(name, players[name], state.step, view)
                 shared = shared | more
         return TrainState(state.step + 1, players, state.key), metrics

@@ -9,7 +9,8 @@ from commands import TINY, fails, succeeds
 
 from dmd_jax.config import default_config, load_config, settings_of
 from dmd_jax.errors import UserError
-from dmd_jax.objectives import DMD, KINDS, Kind, dmd
+from dmd_jax.objectives import DMD, dmd
+from dmd_jax.objectives.kinds import KINDS, Kind
 from dmd_jax.options import option
 from dmd_jax.performance.compilation.programs import compilable
 from dmd_jax.reporting.metrics import read_metrics

@@ -93,3 +93,12 @@ def test_features_are_the_bottleneck_of_the_network(name):
 def test_the_mixture_has_no_features():
     network = dict(name="gaussian_mixture", means=((0.0, 0.0),), stds=(1.0,), weights=(1.0,))
     assert build_denoiser(network).features is None
+
+
+@pytest.mark.parametrize("channels", [4, 16, 24, 40, 64, 96, 320])
+def test_logits_depend_on_the_features_at_every_width(channels):
+    """A norm over a single value would leave nothing of them."""
+    features = jax.random.normal(jax.random.key(1), (2, 4, 4, channels))
+    params = Head().init(jax.random.key(0), features)
+    logits = jax.jit(Head().apply)(params, features)
+    assert abs(logits[0] - logits[1]) > 1e-3
