@@ -63,12 +63,12 @@ def _weights(
     schedule: NoiseSchedule,
     logits: jax.Array,
     level: NoiseLevel,
-    means: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None]:
+    means: jax.Array | tuple[()],
+) -> tuple[jax.Array, jax.Array | tuple[()]]:
     """The samples' weights [B], and the running means [BINS] with this batch in them."""
     clip = {"lower": settings.ratio_lower, "upper": settings.ratio_upper}
     typical = None
-    if means is not None:
+    if settings.ratio_normalization:
         bins = _bin_of(level, schedule)
         ratio = losses.density_ratio(logits, **clip)
         means = losses.ratio_means(means, ratio, bins, rate=settings.ratio_rate)

@@ -28,7 +28,7 @@ class View(NamedTuple):
     frozen: Frozen  # what a step only reads
     rows: Any  # of this micro-batch, as Objective.rows made them
     shared: Mapping[str, Any]  # what the losses of earlier players shared on these rows
-    carry: Any = None  # what the player's own loss left for its next update
+    carry: Any = ()  # what the player's own loss left for its next update
     averages: Mapping[str, Params] = {}  # each player's average, or its parameters without one
 
 
@@ -39,7 +39,7 @@ class Seen(NamedTuple):
     # For later players of the same step, whose gradients do not reach this one: arrays [B, ...].
     shared: Mapping[str, Any] = {}
     # What the loss leaves for its next update, of the carry's shapes; micro-batches average it.
-    carry: Any = None
+    carry: Any = ()
 
 
 Loss = Callable[[Params, View], tuple[jax.Array, Seen]]

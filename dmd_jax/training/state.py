@@ -24,7 +24,7 @@ class PlayerState:
     params: Params  # nested dict of float32 arrays
     opt_state: optax.OptState
     ema: Params | None  # of the parameters, or None
-    carry: Any = None  # what the player's loss left for its next update, or None
+    carry: Any = ()  # what the player's loss left for its next update
 
     @property
     def averaged(self) -> Params:
@@ -33,7 +33,8 @@ class PlayerState:
 
     def tree_flatten_with_keys(self):
         # Without a carry where there is none, as checkpoints of earlier versions have it.
-        names = ("params", "opt_state", "ema") + (("carry",) if self.carry is not None else ())
+        none = isinstance(self.carry, tuple) and not self.carry
+        names = ("params", "opt_state", "ema") + (() if none else ("carry",))
         return [(GetAttrKey(name), getattr(self, name)) for name in names], names
 
     @classmethod
@@ -71,7 +72,7 @@ def train_state(
             tree,
             transformations[name].init(tree),
             tree if name in averaged else None,
-            carries.get(name),
+            carries.get(name, ()),
         )
         for name, tree in params.items()
     }
@@ -82,7 +83,7 @@ def apply_gradients(
     player: PlayerState,
     gradients: Params,
     transformation: optax.GradientTransformation,
-    carry: Any = None,
+    carry: Any = (),
 ) -> PlayerState:
     """One optimiser update, and the next carry of the player's loss; the average stays."""
     updates, opt_state = transformation.update(gradients, player.opt_state, player.params)

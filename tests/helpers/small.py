@@ -32,16 +32,23 @@ def init(key):
     }
 
 
-def denoise(params, x_t, level, cond):
-    """denoise(params, x_t, level, cond) -> x0 with sigma_data = 0.5."""
-    sigma = expand(level.sigma, x_t)
-    scale = jnp.sqrt(sigma**2 + 0.25)
+def features(params, x_t, level, cond):
+    """The hidden layer [B, WIDTH]."""
+    scale = jnp.sqrt(expand(level.sigma, x_t) ** 2 + 0.25)
     flat = (x_t / scale).reshape(len(x_t), -1)
     time = jnp.stack([jnp.sin(level.time), jnp.cos(level.time)], axis=1)
     hidden = jnp.concatenate([flat, time], axis=1) @ params["first"]["kernel"]
     if cond is not None:
         hidden = hidden + params["label"][cond]
-    raw = jax.nn.silu(hidden) @ params["second"]["kernel"] + params["second"]["bias"]
+    return jax.nn.silu(hidden)
+
+
+def denoise(params, x_t, level, cond):
+    """denoise(params, x_t, level, cond) -> x0 with sigma_data = 0.5."""
+    sigma = expand(level.sigma, x_t)
+    scale = jnp.sqrt(sigma**2 + 0.25)
+    hidden = features(params, x_t, level, cond)
+    raw = hidden @ params["second"]["kernel"] + params["second"]["bias"]
     return 0.25 / scale**2 * x_t + 0.5 * sigma / scale * raw.reshape(x_t.shape)
 
 
@@ -57,22 +64,28 @@ def pairs_batch(seed, size):
 
 def teacher(schedule=None):
     """The small denoiser as a family of teachers."""
-    return edm_teacher(Denoiser(init, denoise, SHAPE, CLASSES, schedule or NoiseSchedule.edm()))
+    schedule = schedule or NoiseSchedule.edm()
+    return edm_teacher(Denoiser(init, denoise, SHAPE, CLASSES, schedule, features=features))
 
 
 def objective(*, optimizer=None, family=None, **settings):
     """DMD of the small denoiser; both players start as the teacher's copy."""
+    settings = {"regression_batch_size": settings["batch_size"], "distance": "l2"} | settings
+    return build(dmd, DMD(**settings), optimizer=optimizer, family=family)
+
+
+def build(kind, settings, *, optimizer=None, family=None):
+    """An objective of the small denoiser, by its builder and its settings."""
     family = family or teacher()
     optimizer = optimizer or adamw(AdamW(learning_rate=1e-3, warmup_steps=4))
-    settings = {"regression_batch_size": settings["batch_size"], "distance": "l2"} | settings
     networks = Networks(
         generate=functools.partial(samplers.one_step, denoise, schedule=family.schedule),
         teacher=lambda frozen, *args: denoise(frozen["network"], *args),
         fake_score=denoise,
     )
     names = ("generator", "fake_score")
-    return dmd(
-        DMD(**settings),
+    return kind(
+        settings,
         family,
         networks,
         init=dict.fromkeys(names, lambda frozen, key: frozen["network"]),
