@@ -18,6 +18,7 @@ from dmd_jax.config.files import (
     resolve_config,
     save_config,
     shipped_config,
+    with_objective,
 )
 from dmd_jax.config.stages import named_stages, stages_of
 
@@ -39,4 +40,5 @@ __all__ = [
     "stages_of",
     "value_of",
     "when_asked",
+    "with_objective",
 ]

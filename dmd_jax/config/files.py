@@ -40,6 +40,23 @@ def default_config(objective: str = OBJECTIVE) -> ConfigDict:
     return ConfigDict(run_defaults(objective))
 
 
+def with_objective(config: ConfigDict, objective: str) -> ConfigDict:
+    """A copy of the config with another objective: its settings and players with their defaults.
+
+    All else stays, such as the network, the data and the batch size; the optimiser of a player that
+    both have stays as well.
+
+    Raises:
+      UserError: there is no such objective.
+    """
+    if objective not in KINDS:
+        raise UserError(f"objective {objective!r}; expected one of {', '.join(KINDS)}")
+    values, fresh = config.to_dict(), run_defaults(objective)
+    for part in ("optimizer", "start"):
+        values[part] = {name: values[part].get(name, one) for name, one in fresh[part].items()}
+    return ConfigDict(values | {"objective": fresh["objective"], "stages": ()})
+
+
 def shipped_config(name: str) -> Path:
     """The file of configs/ in the checkout, or where an installation puts it.
 

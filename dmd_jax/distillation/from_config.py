@@ -142,13 +142,14 @@ def computation_of(config: ConfigDict) -> dict[str, str]:
 def distance_of(
     config: ConfigDict, image_shape: tuple[int, ...]
 ) -> Callable[[Params, jax.Array, jax.Array], jax.Array] | None:
-    """The regression's distance (LPIPS's params, x, y) -> [B] of images; None for L2.
+    """The objective's distance (LPIPS's params, x, y) -> [B] of images; None for any but LPIPS.
 
     Raises:
       UserError: images that LPIPS cannot see.
     """
-    regressed = any(stage.objective.get("regression_weight") for _, stage in stages_of(config))
-    if config.objective.get("distance") != "lpips" or not regressed:
+    # Objectives other than DMD have a distance for no regression.
+    asked = any(stage.objective.get("regression_weight", 1) for _, stage in stages_of(config))
+    if config.objective.get("distance") != "lpips" or not asked:
         return None
     options = config.lpips
     grey = image_shape[-1] == 1

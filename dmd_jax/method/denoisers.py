@@ -29,6 +29,7 @@ class Denoiser(NamedTuple):
     # (params, x_t, level, cond) -> the network's bottleneck [B, ...], float32, without its decoder;
     # None where it has none.
     features: Denoise | None = None
+    sigma_data: float | None = None  # of EDM's preconditioning; None where it is another
 
 
 def edm_denoiser(

@@ -32,6 +32,7 @@ class Role(enum.IntEnum):
     STEP_NOISE = 16  # between those steps
     FAKE_LATENTS = 17  # of samples that only the fake score learns from
     FAKE_LABELS = 18
+    LEVELS = 19  # levels and noise of real images or pairs that a student learns from
 
 
 def key_data(seed: int) -> jax.Array:

@@ -69,6 +69,7 @@ def build_denoiser(
         module.label_dim,
         NoiseSchedule.edm(),
         features=edm_features(encode, **around),
+        sigma_data=options["sigma_data"],
     )
 
 

@@ -32,7 +32,7 @@ class Weigh(NamedTuple):
 
     # (logits [B], levels, carry) -> (the factors [B], the next carry)
     weights: Callable[[jax.Array, NoiseLevel, Any], tuple[jax.Array, Any]]
-    carry: Callable[[], Any] | None  # before the first update; None where there is none
+    carry: Callable[[Params], Any] | None  # as for Player
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ def f_distill(settings: FDistill, teacher: Teacher, networks: Networks, **parts:
         )
     weigh = Weigh(
         functools.partial(_weights, settings, teacher.schedule),
-        (lambda: jnp.ones(BINS)) if settings.ratio_normalization else None,
+        (lambda params: jnp.ones(BINS)) if settings.ratio_normalization else None,
     )
     return dmd2(settings, teacher, networks, weigh=weigh, **parts)
 

@@ -57,8 +57,8 @@ class Player(NamedTuple):
     ema_decay: float = 0.0  # of the average; 0 keeps none
     # Does not update on the first step and each n-th after it; 0 leaves none out.
     but_every: int = 0
-    # The carry of its loss before the first update, if it has one.
-    carry: Callable[[], Any] | None = None
+    # Its first parameters -> the carry of its loss before the first update, if it has one.
+    carry: Callable[[Params], Any] | None = None
 
     def updates(self, step: jax.Array | int) -> jax.Array | bool:
         """Whether the player updates on the step after so many."""

@@ -48,6 +48,7 @@ def edm_teacher(denoiser: Denoiser) -> Teacher:
         denoise=denoiser.denoise,
         schedule=denoiser.schedule,
         features=denoiser.features,
+        sigma_data=denoiser.sigma_data,
         sample_shape=denoiser.sample_shape,
         tokens={"label": jax.ShapeDtypeStruct((), jnp.int32)} if count else {},
         encode=encode,

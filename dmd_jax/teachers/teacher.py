@@ -38,6 +38,7 @@ class Teacher(NamedTuple):
     # (params of the network, x_t, level, cond) -> its bottleneck [B, ...], float32, for heads; None
     # where it has none.
     features: Denoise | None = None
+    sigma_data: float | None = None  # of EDM's preconditioning; None where it is another
     takes: str = "labels"  # what a row says of its image: labels (or nothing), or text
     # (num_steps=, guidance=, **options) -> the sampler; UserError for what it does not take.
     samplers: Mapping[str, Callable[..., Sample]] = MappingProxyType({})

@@ -40,11 +40,13 @@ def initial_state(
         given = {"network": starts[name]} if name in starts else {}
         return players[name].init({**frozen, **given}, key)
 
+    params = {name: start(name) for name in players}
+    carries = {name: one.carry for name, one in players.items() if one.carry is not None}
     return train_state(
-        {name: start(name) for name in players},
+        params,
         {name: player.optimizer.transformation for name, player in players.items()},
         averaged=[name for name, player in players.items() if player.ema_decay > 0],
-        carries={name: one.carry() for name, one in players.items() if one.carry is not None},
+        carries={name: carry(params[name]) for name, carry in carries.items()},
         seed=seed,
     )
 

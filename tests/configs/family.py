@@ -1,22 +1,14 @@
 """The tiny config with another objective of the family: family.py:NAME, such as family.py:sid."""
 
-from dmd_jax.config import default_config, load_config
-from dmd_jax.objectives.kinds import KINDS
+from pathlib import Path
 
-_TINY = __file__.replace("family.py", "tiny.py")
-_SHARED = ("data", "network", "teacher", "teaching", "pairs", "steps", "batch_size")
-_CADENCES = ("log_every", "picture_every", "checkpoint_every")
+from dmd_jax.config import load_config, with_objective
 
 
 def get_config(name):
-    tiny = load_config(_TINY, [])
-    config = default_config(name)
-    for key in (*_SHARED, *_CADENCES):
-        config[key] = tiny[key]
-    for player in KINDS[name].players:
-        config.optimizer[player].learning_rate = 1e-3
-        config.optimizer[player].warmup_steps = 2
+    config = with_objective(load_config(str(Path(__file__).with_name("tiny.py")), []), name)
     config.objective.ema_decay = 0.9
-    if "generator_every" in config.objective:
-        config.objective.generator_every = 2
+    for key, value in (("generator_every", 2), ("distance", "l2"), ("halve_every", 3)):
+        if key in config.objective:
+            config.objective[key] = value
     return config

@@ -37,11 +37,23 @@ def arguments(tiny, name, *options):
     return ["--config", f"{FAMILY}:{name}", tiny[2], *options]
 
 
+def test_reflow_trains_on_pairs_and_reads_none_of_the_images(tiny, tmp_path, capsys):
+    options = ("--config.data.images=", "--config.steps=4")
+    line = fails(capsys, "train", *arguments(tiny, "reflow", *options), "--workdir", tmp_path)
+    assert "config.data.pairs is empty" in line
+    succeeds("train", *arguments(tiny, "reflow", *options), tiny[3], "--workdir", tmp_path)
+    assert read_metrics(tmp_path)[-1]["loss_generator"] > 0
+
+
 def sha256(workdir):
     return params_sha256(load_weights(workdir / "weights").params)
 
 
-@pytest.mark.parametrize("options", [("dmd2",), BINS, ("sid",)], ids=lambda options: options[0])
+@pytest.mark.parametrize(
+    "options",
+    [("dmd2",), BINS, ("sid",), ("consistency",), ("progressive",)],
+    ids=lambda options: options[0],
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(run, tiny, tmp_path, options):
     expected = run(*options)
     succeeds("train", *arguments(tiny, *options), "--workdir", tmp_path, "--config.steps=5")

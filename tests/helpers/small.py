@@ -65,7 +65,7 @@ def pairs_batch(seed, size):
 def teacher(schedule=None):
     """The small denoiser as a family of teachers."""
     schedule = schedule or NoiseSchedule.edm()
-    return edm_teacher(Denoiser(init, denoise, SHAPE, CLASSES, schedule, features=features))
+    return edm_teacher(Denoiser(init, denoise, SHAPE, CLASSES, schedule, None, features, 0.5))
 
 
 def objective(*, optimizer=None, family=None, **settings):
