@@ -1,6 +1,7 @@
 """Distribution Matching Distillation in JAX: the parts for people who bring their own networks.
 
-A denoiser is any function `denoise(params, x_t, level, cond) -> x0`. Source: arXiv 2311.18828.
+A denoiser is any function `denoise(params, x_t, level, cond) -> x0`. Source: arXiv 2311.18828, and
+for the other objectives of the family what each function names.
 Names are imported when they are first used, so that `import dmd_jax` costs nothing.
 """
 
