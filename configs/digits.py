@@ -18,13 +18,28 @@ What differs from the paper's settings, because 1,000 steps have to do:
 - regression weight 8, for a mean squared error on small images is far below LPIPS in scale: at 1
   the distance after 600 steps was four times that at 8;
 - more pairs than fresh latents a step, since a pair costs less than half of the latter.
+
+An argument is another objective on the same teacher, as in configs/digits.py:dmd2. configs/README.md
+has what `dmd-jax compare` found of them. They have 64 samples a step, and the average's decay; the
+fake score of those without pairs has several updates for one of the generator, which at one for one
+runs away from it.
 """
 
-from dmd_jax.config import default_config
+from dmd_jax.config import default_config, with_objective
 from dmd_jax.storage.weights import packaged
 
+# Of other objectives than DMD: what is not their default.
+SETTINGS = {
+    "dmd2": dict(generator_every=5, gan_weight=0.03, gan_fake_weight=0.1),
+    "f_distill": dict(generator_every=5, gan_weight=0.03, gan_fake_weight=0.1, divergence="js"),
+    "sid": dict(a=1.0),
+    "consistency": dict(distance="l2", level_weight="karras"),
+    "progressive": dict(halve_every=400),
+    "reflow": dict(),
+}
 
-def get_config():
+
+def get_config(objective="dmd"):
     config = default_config()
     config.data.images = "digits"
     config.network = dict(
@@ -63,4 +78,15 @@ def get_config():
     config.log_every = 50
     config.picture_every = 500
     config.checkpoint_every = 250
+    return config if objective == "dmd" else _with(config, objective)
+
+
+def _with(config, objective):
+    config = with_objective(config, objective)
+    config.batch_size = 64
+    config.objective.update(SETTINGS[objective], ema_decay=0.99)
+    if objective == "sid":
+        for optimizer in config.optimizer.values():
+            optimizer.beta1 = 0.0
+        config.optimizer.generator.learning_rate = 1e-4
     return config

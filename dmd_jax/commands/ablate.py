@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Collection
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dmd_jax.commands import evaluate
-from dmd_jax.commands.ablation_report import labelled_rows, summarize, table
-from dmd_jax.commands.ablation_study import Study
-from dmd_jax.commands.cli import Parser
-from dmd_jax.config import resolve_config, save_config
-from dmd_jax.distillation import method_of
-from dmd_jax.distillation.ablations import ROWS, apply_row, chosen_rows, paper_fid
-from dmd_jax.distillation.from_config import lpips_of, teacher_of
-from dmd_jax.errors import Stopped, UserError
-from dmd_jax.reporting.pictures import save_png
-from dmd_jax.reporting.provenance import command_line, machine
-from dmd_jax.storage.files import local_path, write_json, write_whole
-from dmd_jax.storage.weights import denoiser_of, params_sha256
-from dmd_jax.storage.workdir_lock import locked
-
-DIGITS_FEATURES = "dmd_jax.evaluation.digits_classifier:features"
-# Arguments of `evaluate` that the study gives itself, or whose file the rows would overwrite.
-TAKEN = (
-    *("--weights", "--out", "--sampler", "--steps", "--num", "--seed"),
-    *("--samples", "--save-reference"),
+from dmd_jax.commands.study import Variant
+from dmd_jax.commands.study_command import Plan, add_study_arguments, run_study
+from dmd_jax.config import resolve_config
+from dmd_jax.distillation.ablations import (
+    ROWS,
+    apply_row,
+    chosen_rows,
+    paper_fid,
+    row_overrides,
 )
 
 
@@ -40,160 +28,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the full objective; --config.KEY=VALUE overrides a value for every row",
     )
     parser.add_argument(
-        "--workdir",
-        type=local_path,
-        required=True,
-        metavar="DIR",
-        help="what is finished there is not done again",
-    )
-    parser.add_argument(
         "--rows", metavar="A,B", help=f"which of {', '.join(ROWS)} (default: all that apply)"
     )
-    parser.add_argument(
-        "--seeds",
-        default="0,1,2",
-        metavar="S,T",
-        help="of the training, in place of config.seed; the pairs are shared (default: 0,1,2)",
-    )
-    parser.add_argument(
-        "--num", type=int, default=10_000, metavar="N", help="samples of a row (default: 10000)"
-    )
-    parser.add_argument(
-        "--features",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="as of evaluate; by default pixels, and for the digits their classifier's",
-    )
-    parser.add_argument(
-        "--evaluate",
-        default="",
-        metavar="ARGUMENTS",
-        help='more arguments of evaluate, as --evaluate="--features vgg16 --lpips FILE"',
-    )
+    add_study_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     config = resolve_config(args.config, args.overrides, args.workdir, command="ablate")
-    rows, seeds = chosen_rows(args.rows, config), chosen_seeds(args.seeds)
-    arguments = evaluate_arguments(args, config)
-    teacher = teacher_of(config)
-    sample_shape = denoiser_of(teacher).sample_shape
-    judges = evaluate.origins(*evaluate.open_judges(_parsed(arguments), sample_shape))
-    for row_config in (apply_row(config, row) for row in rows):
-        # What train refuses in hours, once the pairs are there.
-        method = method_of(row_config)
-        method.objective(row_config)
-        if method.judged:
-            lpips_of(row_config)
-    papers = {row: _paper(config, row, judges["features"]) for row in rows}
-    study = Study(
-        config=config,
-        arguments=["--config", args.config, *args.overrides],
-        evaluate=arguments,
-        judges=judges,
-        teacher_sha256=params_sha256(teacher.params),
-        workdir=args.workdir,
-    )
-    try:
-        with locked(args.workdir):
-            # First of all, so that what evaluate refuses is refused before anything is trained.
-            baselines = study.baselines()
-            save_config(config, args.workdir, command="ablate")
-            pairs = study.make_pairs()
-            found = {row: {seed: study.run_row(row, seed, pairs) for seed in seeds} for row in rows}
-    except Stopped as stopped:
-        # It is the study that goes on, not the part that was stopped.
-        stopped.args = (
-            f"stopped at step {stopped.step} of a row; the same command goes on with the study in "
-            f"{args.workdir}",
-        )
-        raise
-    results = {
-        "baselines": {
-            name: {"summary": summary, **summarize({0: baselines[name]})}
-            for name, summary in (
-                ("teacher", f"Heun, {config.pairs.num_steps} steps"),
-                ("teacher_one_step", "the teacher in one step"),
-            )
-        },
-        "rows": {
-            row: {"summary": ROWS[row].summary, **papers[row], **summarize(each)}
-            for row, each in found.items()
-        },
-        "seeds": seeds,
-        "steps": config.steps,
-        "compute_dtype": config.compute_dtype,
-        "matmul_precision": config.matmul_precision,
-        "num_samples": args.num,
-        "reference": baselines["teacher"]["reference"],
-        "config_file": Path(args.config).name,
-        "command": command_line(),
-        "machine": machine(),
-    }
-    try:
-        save_png(args.workdir / "ablation.png", labelled_rows(study.images(rows, seeds[0])))
-        write_whole(args.workdir / "ablation.md", table(results).encode())
-        write_json(args.workdir / "results.json", results)
-    except OSError as error:
-        raise UserError(f"--workdir {args.workdir} cannot be written: {error}") from error
-    print(table(results))
-    print(f"ablate: {args.workdir / 'ablation.md'} and ablation.png")
+    rows, arguments = chosen_rows(args.rows, config), ["--config", args.config, *args.overrides]
+
+    def variants(features: Collection[str]) -> dict[str, Variant]:
+        return {row: row_variant(config, row, arguments, features) for row in rows}
+
+    title = f"Ablation of {Path(args.config).name}"
+    run_study(args, Plan("ablate", title, "ablation", config, arguments, variants))
 
 
-def chosen_seeds(text: str) -> list[int]:
-    """The numbers in "0,1,2".
+def row_variant(
+    config: ConfigDict, row: str, arguments: list[str], features: Collection[str]
+) -> Variant:
+    """A row of the table: the config with its changes.
 
-    Raises:
-      UserError: something else, or a number twice.
+    Args:
+      arguments: of `dmd-jax train`, which give the config. features: that are measured.
     """
-    parts = [part.strip() for part in text.split(",")]
-    # isdigit alone lets other scripts' digits through; a seed is at most 31 bits.
-    if not all(part.isascii() and part.isdigit() and int(part) < 2**31 for part in parts):
-        raise UserError(f"--seeds {text!r}; expected whole numbers such as 0,1,2")
-    seeds = [int(part) for part in parts]
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {text!r} has a number twice; expected each once")
-    return seeds
-
-
-def evaluate_arguments(args: argparse.Namespace, config: ConfigDict) -> list[str]:
-    """The arguments of `dmd-jax evaluate` that the user asks for or the config implies.
-
-    Raises:
-      UserError: --evaluate cannot be split or names what the study sets itself, there are no real
-        images, or too few samples are asked for.
-    """
-    try:
-        given = shlex.split(args.evaluate)
-    except ValueError as error:
-        raise UserError(f"--evaluate {args.evaluate!r}: {error}") from error
-    names = {part.partition("=")[0] for part in given}
-    for name in TAKEN:
-        if name in names:
-            raise UserError(f"--evaluate: {name} is the study's own; expected other arguments")
-    if args.num < 2:
-        raise UserError(f"--num {args.num}; expected at least 2 samples")
-    features = list(args.features)
-    if not features and "--features" not in names:
-        features = ["pixels"] + ([DIGITS_FEATURES] if config.data.images == "digits" else [])
-    for name in features:
-        given += ["--features", name]
-    if "--reference" not in names:
-        if not config.data.images:
-            raise UserError(
-                "config.data.images is empty; expected real images, or "
-                '--evaluate="--reference SOURCE"'
-            )
-        given += ["--reference", config.data.images]
-    return [*given, "--num", str(args.num)]
-
-
-def _parsed(arguments: list[str]) -> argparse.Namespace:
-    """The arguments as evaluate sees them, but for those that each row has its own of."""
-    parser = Parser(prog="dmd-jax evaluate")
-    evaluate.add_arguments(parser)
-    return parser.parse_args(["--weights", "", "--out", "", *arguments])
+    changed = apply_row(config, row)
+    overrides = row_overrides(config, row)
+    facts = _paper(config, row, features)
+    return Variant(ROWS[row].summary, changed, [*arguments, *overrides], facts)
 
 
 def _paper(config: ConfigDict, row: str, features: Collection[str]) -> dict[str, float]:

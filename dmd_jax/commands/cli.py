@@ -29,6 +29,7 @@ COMMANDS = {
     "compile": "compile a config's step for TPUs that are not here: memory, time, traffic",
     "export": "give a generator's UNet to PyTorch diffusers",
     "ablate": "train the rows of the paper's Table 2, several seeds each, and compare them",
+    "compare": "train several objectives with one budget, several seeds each, and compare them",
     "toy": "the two-mode mixture of the paper's Figure 3",
 }
 

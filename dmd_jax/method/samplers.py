@@ -192,10 +192,13 @@ def few_step_input(
         x0 = denoise(params, x_t, level(done), cond)
         return forward_diffusion(x0, noise(done + 1), level(done + 1))
 
+    def advance_until(x_t: jax.Array, done: jax.Array) -> tuple[jax.Array, None]:
+        # A loop of known length, of which the steps from `step` on cost nothing.
+        return lax.cond(done < step, advance, lambda done, x_t: x_t, done, x_t), None
+
     first = schedule.prior_scale * z
-    if num_steps == 1:
-        return first, level(0)
-    return lax.fori_loop(0, step, advance, first), level(step)
+    x_t, _ = lax.scan(advance_until, first, jnp.arange(num_steps - 1))
+    return x_t, level(step)
 
 
 class _Steps(NamedTuple):

@@ -12,10 +12,10 @@ from commands import TINY, fails, finish, start, succeeds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dmd_jax.commands import ablation_study as study_module
-from dmd_jax.commands.ablate import _paper
-from dmd_jax.commands.ablation_report import labelled_rows, summarize, table
+from dmd_jax.commands import study as study_module
+from dmd_jax.commands.ablate import _paper, row_variant
 from dmd_jax.commands.cli import main
+from dmd_jax.commands.study_report import labelled_rows, summarize, table
 from dmd_jax.config import load_config, shipped_config
 from dmd_jax.evaluation.digits_classifier import features
 from dmd_jax.evaluation.frechet import Statistics, frechet_distance
@@ -226,10 +226,14 @@ def test_a_row_is_finished_for_what_it_follows_from(study, tmp_path, monkeypatch
     def run_row(row="full"):
         """The commands that a row takes."""
         write_sealed(pairs / "metadata.json", metadata)
-        common = dict(arguments=[], evaluate=[], teacher_sha256="a", workdir=tmp_path)
+        common = dict(name="ablate", arguments=[], evaluate=[], teacher_sha256="a")
         config = load_config(str(TINY), overrides)
+        variants = {row: row_variant(config, row, [], [])}
+        study = study_module.Study(
+            config=config, variants=variants, workdir=tmp_path, **common, **changes
+        )
         commands.clear()
-        study_module.Study(config=config, **common, **changes).run_row(row, 0, pairs)
+        study.run_variant(row, 0, pairs)
         return list(commands)
 
     assert run_row() == ["train", "evaluate"]
@@ -282,15 +286,14 @@ def test_the_papers_figures_stand_beside_the_rows_of_its_configs():
             "baselines": {"teacher": {"summary": "u", **one}},
             "rows": rows,
             "seeds": [4],
-            "steps": 3,
             "num_samples": 2,
             "reference": "cifar.npz",
-            "config_file": "cifar10_cond.py",
-        }
+        },
+        title="Ablation of cifar10_cond.py",
     )
     assert "| row | what it is | inception | paper's FID |" in text
     assert "| full | s | 2.700 | 2.66 |" in text
-    assert "| l2 | t | 2.700 |  |" in text and "from seed 4." in text
+    assert "| l2 | t | 2.700 |  |" in text and "trained from seed 4." in text
 
 
 def test_labels_stand_beside_their_rows():

@@ -6,6 +6,7 @@ from commands import ROOT
 from dmd_jax.config import load_config, stages_of
 from dmd_jax.distillation import method_of
 from dmd_jax.errors import UserError
+from dmd_jax.objectives.kinds import KINDS
 
 CONFIGS = ROOT / "configs"
 # FILE:ARGUMENT -> what config.objective.name is.
@@ -19,6 +20,7 @@ OBJECTIVES = {
     "cifar10_sid.py": "sid",
     "cifar10_uncond.py": "dmd",
     "digits.py": "dmd",
+    **{f"digits.py:{name}": name for name in KINDS if name != "dmd"},
     "fashion_mnist.py": "dmd",
     "imagenet64.py": "dmd",
     "imagenet64_dmd2.py": "dmd2",

@@ -1,4 +1,4 @@
-"""What an ablation study found: its figures, one table, one picture."""
+"""What a study found: its figures, one table, one picture."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ LABEL_HEIGHT, LABEL_MARGIN = 14, 8  # pixels
 
 
 def summarize(found: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The Fréchet distances of one row over its seeds.
+    """The Fréchet distances of one row over its seeds, and what its training took.
 
     Args:
       found: {seed: results of `dmd-jax evaluate`}, all of the same features.
 
     Returns:
       "frechet_distance": {feature: {"mean", "std", "values"}}, std the sample's (n - 1), None for
-      a single seed; and "features": {feature: {seed: all that evaluate says in it}}.
+      a single seed; "features": {feature: {seed: all that evaluate says in it}}; and of what was
+      trained "training": {"steps", "seconds_per_step"}, the median over the seeds.
     """
     names = next(iter(found.values()))["features"]
     details = {
@@ -34,31 +35,42 @@ def summarize(found: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Any
         values = [each["frechet_distance"] for each in figures.values()]
         std = statistics.stdev(values) if len(values) > 1 else None
         distances[name] = {"mean": statistics.fmean(values), "std": std, "values": values}
-    return {"frechet_distance": distances, "features": details}
+    summary: dict[str, Any] = {"frechet_distance": distances, "features": details}
+    took = [results["training"] for results in found.values() if "training" in results]
+    if took:
+        times = [one["seconds_per_step"] for one in took if one["seconds_per_step"]]
+        seconds = statistics.median(times) if times else None
+        summary["training"] = {"steps": took[0]["steps"], "seconds_per_step": seconds}
+    return summary
 
 
-def table(results: Mapping[str, Any]) -> str:
-    """The study as one Markdown table, from what results.json holds."""
+def table(results: Mapping[str, Any], *, title: str, detailed: bool = False) -> str:
+    """The study as one Markdown table, from what results.json holds.
+
+    Args:
+      detailed: adds precision and recall in the first of the features, and what training took.
+    """
     rows = results["baselines"] | results["rows"]
     features = list(next(iter(rows.values()))["frechet_distance"])
-    papers = any("paper_fid" in row for row in rows.values())
-    header = ["row", "what it is", *features, *(["paper's FID"] if papers else [])]
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
+    columns = {
+        name: lambda row, name=name: _cell(row["frechet_distance"][name]) for name in features
+    }
+    if detailed:
+        columns |= {
+            "precision": lambda row: _mean(row["features"][features[0]], "precision"),
+            "recall": lambda row: _mean(row["features"][features[0]], "recall"),
+            "steps": lambda row: f"{row['training']['steps']:,}" if "training" in row else "",
+            "ms a step": _milliseconds,
+        }
+    if any("paper_fid" in row for row in rows.values()):
+        columns["paper's FID"] = lambda row: f"{row['paper_fid']:.2f}" if "paper_fid" in row else ""
+    trained = _trained(results)
+    lines = [["row", "what it is", *columns], ["---"] * 2 + ["---:"] * len(columns)]
     for name, row in rows.items():
-        cells = [name, row["summary"], *(_cell(row["frechet_distance"][key]) for key in features)]
-        if papers:
-            cells.append(f"{row['paper_fid']:.2f}" if "paper_fid" in row else "")
-        lines.append(cells)
-    seeds = results["seeds"]
-    trained = f"{results['steps']:,} training steps from seed {seeds[0]}."
-    if len(seeds) > 1:
-        trained = (
-            f"{results['steps']:,} training steps from each of the seeds "
-            f"{', '.join(map(str, seeds))}: mean ± standard deviation, and each in brackets."
-        )
+        lines.append([name, row["summary"], *(cell(row) for cell in columns.values())])
     return "\n".join(
         [
-            f"# Ablation of {results['config_file']}",
+            f"# {title}",
             "",
             f"Fréchet distance to {results['reference']} in each of the features, lower is better. "
             f"{results['num_samples']:,} samples from the same latents for all; {trained}",
@@ -67,6 +79,29 @@ def table(results: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _trained(results: Mapping[str, Any]) -> str:
+    """How many steps were made from which seeds."""
+    steps = {row["training"]["steps"] for row in results["rows"].values() if "training" in row}
+    made = f"{steps.pop():,} training steps" if len(steps) == 1 else "trained"
+    seeds = results["seeds"]
+    if len(seeds) == 1:
+        return f"{made} from seed {seeds[0]}."
+    return (
+        f"{made} from each of the seeds {', '.join(map(str, seeds))}: mean ± standard deviation, "
+        "and each in brackets."
+    )
+
+
+def _milliseconds(row: Mapping[str, Any]) -> str:
+    seconds = row.get("training", {}).get("seconds_per_step")
+    return "" if seconds is None else f"{1e3 * seconds:.0f}"
+
+
+def _mean(by_seed: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    values = [each[name] for each in by_seed.values() if name in each]
+    return f"{statistics.fmean(values):.3f}" if values else ""
 
 
 def labelled_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:
