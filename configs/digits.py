@@ -19,10 +19,9 @@ What differs from the paper's settings, because 1,000 steps have to do:
   the distance after 600 steps was four times that at 8;
 - more pairs than fresh latents a step, since a pair costs less than half of the latter.
 
-An argument is another objective on the same teacher, as in configs/digits.py:dmd2. configs/README.md
-has what `dmd-jax compare` found of them. They have 64 samples a step, and the average's decay; the
-fake score of those without pairs has several updates for one of the generator, which at one for one
-runs away from it.
+An argument is another objective on the same teacher, as in configs/digits.py:dmd2, for
+`dmd-jax compare`. All have 64 samples a step and the same average. The fake score of those without
+pairs has several updates for one of the generator, which at one for one runs away from it.
 """
 
 from dmd_jax.config import default_config, with_objective
