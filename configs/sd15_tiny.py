@@ -2,13 +2,14 @@
 
 Its weights are random, so its images are noise; what it shows is that every step of the road works
 and where its files are. configs/README.md, "Try the road", has the commands. Each part is as in
-sd15_laion625.py but for its size: 8x8 latents, 64x64 images.
+sd15_laion625.py but for its size: 8x8 latents, 64x64 images. sd15_tiny.py:dmd2 is DMD2 with a
+generator of four steps, without a GAN, for which there are no encoded images.
 """
 
-from dmd_jax.config import load_config, shipped_config
+from dmd_jax.config import load_config, shipped_config, with_objective
 
 
-def get_config():
+def get_config(objective="dmd"):
     config = load_config(str(shipped_config("sd15_laion625")), [])
     # Empty: those of the teacher's folder are taken.
     config.teacher.text_encoder = {}
@@ -43,4 +44,13 @@ def get_config():
     config.log_every = 1
     config.picture_every = 10
     config.checkpoint_every = 5
+    return config if objective == "dmd" else _with(config, objective)
+
+
+def _with(config, objective):
+    config = with_objective(config, objective)
+    if objective == "dmd2":
+        config.objective.gan_weight = 0.0
+        config.objective.gan_fake_weight = 0.0
+        config.objective.num_steps = 4
     return config

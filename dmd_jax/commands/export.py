@@ -35,7 +35,7 @@ _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    summary = "the UNet and a one-step scheduler, as diffusers loads them"
+    summary = "the UNet and the scheduler of its steps, as diffusers loads them"
     diffusers = kinds.add_parser("diffusers", help=summary, description=summary)
     diffusers.add_argument(
         "checkpoint", type=path_of, metavar="CHECKPOINT", help="a weights folder or a run's workdir"
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     flat = flax.traverse_util.flatten_dict(weights.params, sep="/")
     with whole_folder(out) as folder:
         write_unet(folder / "unet", network, flat, dtype=args.dtype)
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(network))
+        scheduler = scheduler_config(network, int(weights.generator.get("num_steps", 1)))
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     count = sum(leaf.size for leaf in flat.values())
     print(f"export: {_CLASS}, {count:,} parameters in {args.out}")
 
@@ -103,14 +104,23 @@ def unet_config(network: dict[str, Any]) -> dict[str, Any]:
     return {"_class_name": _CLASS} | options | KINDS[_CLASS].neutral
 
 
-def scheduler_config(network: dict[str, Any]) -> dict[str, Any]:
-    """The scheduler_config.json of a one-step generator.
+def scheduler_config(network: dict[str, Any], num_steps: int = 1) -> dict[str, Any]:
+    """The scheduler_config.json of a generator.
 
-    DDIM with "trailing" timesteps: num_inference_steps=1 is t = 999, and with set_alpha_to_one the
-    step ends at the clean latents.
+    Of one step it is DDIM with "trailing" timesteps: num_inference_steps=1 is t = 999, and with
+    set_alpha_to_one the step ends at the clean latents. Of several it is diffusers' LCMScheduler,
+    which noises x0 to the next level as `samplers.few_step` does: with original_inference_steps
+    and num_inference_steps=4 its levels are 999, 749, 499 and 249, where its own boundary changes
+    x0 by less than 1e-6 of itself.
+
+    Args:
+      network: complete. num_steps: of the generator.
     """
-    return {
-        "_class_name": "DDIMScheduler",
+    if num_steps > 1:
+        kind = {"_class_name": "LCMScheduler", "original_inference_steps": num_steps}
+    else:
+        kind = {"_class_name": "DDIMScheduler"}
+    return kind | {
         "num_train_timesteps": network["num_train_timesteps"],
         "beta_start": network["beta_start"],
         "beta_end": network["beta_end"],

@@ -14,9 +14,12 @@ from diffusers_folder import PARTS, UNET_V2, save_pipeline, state_dict, write_js
 from safetensors.numpy import load_file
 
 from dmd_jax.convert.torch_layout import from_torch, torch_key
+from dmd_jax.method import samplers
 from dmd_jax.models import abstract_params, build_denoiser, build_network, complete
+from dmd_jax.sampling.maker import generator_sampler_of, steps_of
 from dmd_jax.storage.checkpoints import Checkpoints
 from dmd_jax.storage.weights import Weights, load_weights, save_weights
+from dmd_jax.teachers.family import generator_sampler
 
 V1 = PARTS["unet"][0]
 V2 = V1 | UNET_V2 | {"prediction_type": "v_prediction"}
@@ -144,6 +147,51 @@ def test_pytorch_loads_it_and_makes_the_same(tmp_path, network):
         (jax.jit(denoiser.denoise)(params, z, level, text), x0),
     ):
         assert np.abs(ours - expected).max() < 5e-5 * np.abs(expected).max()
+
+
+@pytest.mark.torch
+def test_pytorch_makes_the_four_steps_of_a_generator_that_has_them(params, tmp_path):
+    """From the same latents and noise: to 1e-5 of the largest magnitude."""
+    import torch
+    from diffusers import LCMScheduler, UNet2DConditionModel
+
+    weights = Weights(V1, params, "a test's", generator={"num_steps": 4})
+    save_weights(tmp_path / "weights", weights)
+    succeeds("export", "diffusers", tmp_path / "weights", tmp_path / "out")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder="unet")
+    scheduler = LCMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((2, 8, 8, 4), np.float32)
+    text = rng.standard_normal((2, 77, 16), np.float32)
+    key = jax.random.key(5)
+    noise = [samplers.few_step_noise(key, z.shape, step) for step in range(1, 4)]
+    latents, generator = torch.from_numpy(z.transpose(0, 3, 1, 2)), torch.Generator()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        drawn = iter(noise)
+        patch.setattr(
+            "diffusers.schedulers.scheduling_lcm.randn_tensor",
+            lambda *args, **kwargs: torch.tensor(np.asarray(next(drawn)).transpose(0, 3, 1, 2)),
+        )
+        for t in scheduler.timesteps:
+            raw = unet(latents, t, torch.from_numpy(text)).sample
+            latents = scheduler.step(raw, t, latents, generator=generator).prev_sample
+    expected = latents.numpy().transpose(0, 2, 3, 1)
+
+    pipeline = stable_diffusion_sampler(load_weights(tmp_path / "weights"))
+    found = pipeline({"network": params}, z, text, key)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def stable_diffusion_sampler(weights):
+    """What `sample` runs with these weights: the generator's own sampler."""
+    asked = weights.generator
+    name = generator_sampler_of(asked)
+    assert name == "few-step"
+    denoiser = build_denoiser(weights.network)
+    return jax.jit(generator_sampler(denoiser, steps_of(name, asked, 50)))
 
 
 @pytest.mark.torch

@@ -46,6 +46,24 @@ def road(text_weights, lpips_file, tmp_path_factory):
     return [*arguments, f"--config.data.pairs={folder / 'pairs'}"], prompts
 
 
+def test_dmd2_in_four_steps_to_a_sampled_image(road, tmp_path, capsys):
+    """Without a GAN: of encoded images there is no source yet, which is said."""
+    arguments, prompts = road
+    dmd2 = ("--config", f"{arguments[1]}:dmd2", *arguments[2:4])
+    gan = ("--config.objective.gan_weight=1e-3", "--config.objective.gan_fake_weight=1e-2")
+    line = fails(capsys, "train", *dmd2, *gan, "--workdir", tmp_path / "gan")
+    assert "objective.gan_weight: there is no source of encoded latents with their prompts" in line
+    run = tmp_path / "run"
+    succeeds("train", *dmd2, "--workdir", run, "--config.steps=6")
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, 7))
+    assert load_weights(run / "weights").generator == {"num_steps": 4}
+    sample = ("sample", "--weights", run, "--prompts", prompts, "--batch-size", 4)
+    succeeds(*sample, "--out", tmp_path / "four.npy")
+    succeeds(*sample, "--sampler", "one-step", "--out", tmp_path / "one.npy")
+    four, one = (np.load(tmp_path / f"{name}.npy") for name in ("four", "one"))
+    assert four.shape == (len(PROMPTS), 64, 64, 3) and np.abs(four - one).max() > 1e-3
+
+
 def parameters(workdir):
     return jax.tree.leaves(load_weights(workdir / "weights").params)
 
