@@ -41,6 +41,7 @@ def road(text_weights, lpips_file, tmp_path_factory):
         f"--config.teacher.weights={text_weights}",
         f"--config.data.prompts={folder / 'prompts'}",
         f"--config.lpips.weights={lpips_file}",
+        "--config.lpips.resolution=32",  # 224 takes VGG seconds a step
     ]
     succeeds("pairs", *arguments, "--workdir", folder / "pairs")
     return [*arguments, f"--config.data.pairs={folder / 'pairs'}"], prompts
