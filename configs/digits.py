@@ -21,7 +21,8 @@ What differs from the paper's settings, because 1,000 steps have to do:
 
 An argument is another objective on the same teacher, as in configs/digits.py:dmd2, for
 `dmd-jax compare`. All have 64 samples a step and the same average. The fake score of those without
-pairs has several updates for one of the generator, which at one for one runs away from it.
+pairs, but for SiD's, has several updates for one of the generator, which at one for one runs away
+from it.
 """
 
 from dmd_jax.config import default_config, with_objective
@@ -33,7 +34,7 @@ SETTINGS = {
     "f_distill": dict(generator_every=5, gan_weight=0.03, gan_fake_weight=0.1, divergence="js"),
     "sid": dict(a=1.0),
     "consistency": dict(distance="l2", level_weight="karras"),
-    "progressive": dict(halve_every=400),
+    "progressive": dict(halve_every=250),
     "reflow": dict(),
 }
 

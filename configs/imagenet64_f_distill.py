@@ -18,5 +18,4 @@ def get_config(divergence="kl"):
     config.objective.divergence = divergence
     config.objective.ratio_lower = 0.1
     config.objective.ratio_upper = 20.0
-    config.start = dmd2.start
     return config

@@ -58,7 +58,6 @@ _MODULES = {
         "euler_step",
         "heun_step",
         "karras_level",
-        "matching_loss",
         "two_step_target",
     ),
     "method.denoisers": ("discrete_denoiser", "edm_denoiser", "guided"),

@@ -150,7 +150,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance",
         type=float,
         metavar="G",
-        help="classifier-free, by the empty prompt; 1 is none (default: 7.5; of one-step 1)",
+        help="classifier-free, by the empty prompt; 1 is none (default: 7.5; of a generator 1)",
     )
     group.add_argument(
         "--decoder",
@@ -239,6 +239,8 @@ def image_settings(
     one_step = args.sampler == "one-step"
     return pipeline.identity() | {
         "sampler": args.sampler,
+        # A batch's noise is one draw, and the devices may have made the batch larger.
+        "noise_batch_size": maker.batch_size if args.sampler == "few-step" else None,
         "num_steps": 1 if one_step else args.steps,
         "sampling": None if args.sampler in GENERATORS else pipeline.sampling,
         "guidance": args.guidance,

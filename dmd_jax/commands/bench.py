@@ -26,6 +26,7 @@ from dmd_jax.performance.benchmark.rivals import Heat, Rival, run_heat
 from dmd_jax.performance.benchmark.table import table
 from dmd_jax.reporting.provenance import command_line, machine
 from dmd_jax.storage.files import local_path
+from dmd_jax.storage.weights import sampling_of
 from dmd_jax.teachers.text_parts import DECODERS
 
 # (config, our side) -> what makes the peer of it.
@@ -126,7 +127,9 @@ def _heats(
     if config.teacher.text_encoder:
         names = [name for name in DECODERS if config.teacher[name]]
     for decoder in names:
-        title = "to pixels in one step" + (f", by {decoder}" if decoder else "")
+        steps = sampling_of(config.objective).get("num_steps", 1)
+        count_of_steps = "one step" if steps == 1 else f"{steps} steps"
+        title = f"to pixels in {count_of_steps}" + (f", by {decoder}" if decoder else "")
         own = OwnImages(config, count=count, decoder=decoder, devices=devices)
         yield _heat(title, config, own, peers)
 
@@ -135,7 +138,8 @@ def _heat(
     title: str, config: ConfigDict, own: OwnStep | OwnImages, peers: Mapping[str, Peer]
 ) -> Heat:
     makers = {name: peer(config, own) for name, peer in peers.items()}
-    return Heat(title, own.images, own.flops, functools.partial(_rival, own), makers)
+    uneven = getattr(own, "uneven", False)
+    return Heat(title, own.images, own.flops, functools.partial(_rival, own), makers, uneven)
 
 
 def _rival(own: OwnStep | OwnImages) -> Rival:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dmd_jax.commands.study import Variant
+from dmd_jax.commands.study import BASELINES, Variant
 from dmd_jax.commands.study_command import Plan, add_study_arguments, run_study
-from dmd_jax.config import apply_overrides, load_config, resolve_config
+from dmd_jax.config import load_config, resolve_config
 from dmd_jax.errors import UserError
 from dmd_jax.objectives.kinds import KINDS
 from dmd_jax.performance.flops import mean_flops
+from dmd_jax.teachers.families import family_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +78,8 @@ def chosen_objectives(text: str) -> dict[str, tuple[str, list[str]]]:
             raise UserError(
                 f"--objectives: {objective!r} is unknown; expected some of {', '.join(KINDS)}"
             )
+        if name in (*BASELINES, "pairs"):
+            raise UserError(f"--objectives: {name} is the study's own name; expected another one")
         if name in chosen or not name.replace("-", "").replace("_", "").isalnum():
             raise UserError(
                 f"--objectives: the name {name!r} is given twice or is no plain word; expected "
@@ -114,5 +117,22 @@ def _arguments(args: argparse.Namespace, objective: str, overrides: list[str]) -
 
 
 def _config(arguments: list[str]) -> ConfigDict:
+    """The config of these arguments of `train`.
+
+    Raises:
+      UserError: the file takes no argument or has none of that name, or it is of text.
+    """
     _, path, *overrides = arguments
-    return apply_overrides(load_config(path, []), overrides)
+    try:
+        config = load_config(path, overrides)
+    except UserError as error:
+        if "positional argument" not in str(error):
+            raise
+        file, _, objective = path.rpartition(":")
+        raise UserError(
+            f"--config {file}: get_config() takes no argument; expected one that takes an "
+            f"objective's name, here {objective}, as that of configs/digits.py"
+        ) from error
+    if family_of(config.network).takes == "text":
+        raise UserError(f"--config {path}: the teacher is of text; expected one of images")
+    return config

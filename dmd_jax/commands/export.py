@@ -1,7 +1,8 @@
 """`dmd-jax export diffusers`: a generator's UNet as PyTorch diffusers loads it.
 
-The folder holds `unet/` and `scheduler/`. The scheduler is one whose single step is the generator:
-at t = 999, the last of the noise levels, straight to the clean latents.
+The folder holds `unet/` and `scheduler/`. The scheduler's steps are the generator's: one at
+t = 999, the last of the noise levels, straight to the clean latents; or several, with noise added
+between them.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from dmd_jax.commands.cli import run_step
 from dmd_jax.data.pairs_metadata import read_metadata
 from dmd_jax.distillation import method_of
 from dmd_jax.distillation.ablations import decisive
+from dmd_jax.distillation.from_config import images_of
 from dmd_jax.errors import UserError
 from dmd_jax.reporting.metrics import read_metrics
 from dmd_jax.sampling.draws import DRAWS, draw_latents
@@ -21,9 +22,10 @@ from dmd_jax.sampling.maker import ImageMaker
 from dmd_jax.storage.files import path_of
 from dmd_jax.storage.judge_weights import LPIPS, describe_auxiliary
 from dmd_jax.storage.seals import read_sealed, write_sealed
-from dmd_jax.storage.weights import asked_by
+from dmd_jax.storage.weights import sampling_of
 from dmd_jax.teachers.families import load_pipeline
 
+BASELINES = ("teacher", "teacher_one_step")
 COLUMNS = 20  # images of a row in the picture
 SAMPLES_SEED = 0  # of the latents that everything is judged by
 
@@ -59,9 +61,10 @@ class Study(NamedTuple):
         steps = str(self.config.pairs.num_steps)
         return {
             name: self._evaluated(self.workdir / name, teacher, sampler)
-            for name, sampler in (
-                ("teacher", ["--sampler", "heun", "--steps", steps]),
-                ("teacher_one_step", ["--sampler", "one-step"]),
+            for name, sampler in zip(
+                BASELINES,
+                (["--sampler", "heun", "--steps", steps], ["--sampler", "one-step"]),
+                strict=True,
             )
         }
 
@@ -83,7 +86,7 @@ class Study(NamedTuple):
         overrides = [f"--config.seed={seed}"]
         if pairs is not None:
             overrides.append(f"--config.data.pairs={pairs}")
-        sampler = [] if asked_by(config.objective) else ["--sampler", "one-step"]
+        sampler = [] if sampling_of(config.objective) else ["--sampler", "one-step"]
         results = self._evaluated(
             folder,
             folder / "weights",
@@ -167,6 +170,9 @@ def _contents(config: ConfigDict, pairs: Path | None) -> dict[str, Any]:
         names = ("seed", "count", "num_steps", "teacher_sha256")
         contents["pairs"] = {name: getattr(metadata, name) for name in names}
     objective = config.objective
+    method = method_of(config) if objective.name != "dmd" else None
+    if method is not None and "images" in method.objective(config).needs:
+        contents["images"] = [config.data.images, len(images_of(config, method.teacher))]
     if objective.get("distance") == "lpips" and objective.get("regression_weight", 1):
         lpips = describe_auxiliary(path_of(config.lpips.weights), LPIPS)
         contents["lpips_sha256"] = lpips["params_sha256"]

@@ -16,7 +16,7 @@ from dmd_jax.commands.study import Study, Variant
 from dmd_jax.commands.study_report import labelled_rows, summarize, table
 from dmd_jax.config import save_config
 from dmd_jax.distillation import method_of
-from dmd_jax.distillation.from_config import lpips_of, teacher_of
+from dmd_jax.distillation.from_config import images_of, lpips_of, teacher_of
 from dmd_jax.errors import Stopped, UserError
 from dmd_jax.reporting.pictures import save_png
 from dmd_jax.reporting.provenance import command_line, machine
@@ -93,7 +93,8 @@ def run_study(args: argparse.Namespace, plan: Plan) -> None:
     for variant in variants.values():
         # What train refuses in hours, once the pairs are there.
         method = method_of(variant.config)
-        method.objective(variant.config)
+        if "images" in method.objective(variant.config).needs:
+            images_of(variant.config, method.teacher)
         if method.judged:
             lpips_of(variant.config)
     study = Study(

@@ -162,6 +162,10 @@ def _check(config: ConfigDict, mesh: Mesh) -> None:
     if config.toy is None:
         raise UserError("the config has no part toy; expected configs/toy2d.py or one like it")
     toy, objective = config.toy, config.objective
+    if objective.name != "dmd":
+        raise UserError(
+            f"config.objective.name is {objective.name}; expected dmd, of which the panels are"
+        )
     if config.stages or any(config.start.values()):
         raise UserError("config.stages or config.start is set; expected neither, as `toy` has none")
     if objective.match_reference or not objective.use_fake_score or not objective.matching_weight:

@@ -24,7 +24,7 @@ from dmd_jax.parallel.sharding import infer_shardings, on_rows, place
 from dmd_jax.reporting.parameters import tell_parameters
 from dmd_jax.reporting.profiling import add_profile_argument, profiled_steps
 from dmd_jax.storage.block_cache import add_cache_argument, limit_cache
-from dmd_jax.storage.weights import Weights, asked_by, save_class_names, save_from_devices
+from dmd_jax.storage.weights import Weights, sampling_of, save_class_names, save_from_devices
 from dmd_jax.storage.workdir_lock import locked
 from dmd_jax.teachers.teacher import Frozen
 from dmd_jax.training import loop
@@ -119,7 +119,7 @@ def train(
             trained,
             description,
             class_names=setting.class_names,
-            generator=asked_by(config.objective) if objective.kept == "generator" else {},
+            generator=sampling_of(config.objective) if objective.kept == "generator" else {},
         )
         save_from_devices(workdir / "weights", weights)
 

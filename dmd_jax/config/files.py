@@ -43,8 +43,8 @@ def default_config(objective: str = OBJECTIVE) -> ConfigDict:
 def with_objective(config: ConfigDict, objective: str) -> ConfigDict:
     """A copy of the config with another objective: its settings and players with their defaults.
 
-    All else stays, such as the network, the data and the batch size; the optimiser of a player that
-    both have stays as well.
+    All else stays, such as the network, the data, the batch size and the optimisers of players that
+    both have; but there are no stages, which may set what the other objective does not have.
 
     Raises:
       UserError: there is no such objective.

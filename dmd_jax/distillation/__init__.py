@@ -79,8 +79,8 @@ def method_of(config: ConfigDict) -> Method:
             networks=roles_of(stage, own),
             init=dict.fromkeys(optimizers, copy),
             optimizers=optimizers,
-            fake_weight=weight,
             preview_key=key,
+            **({"fake_weight": weight} if "fake_score" in optimizers else {}),
             **judged,
         )
 
@@ -159,10 +159,15 @@ def setting_of(config: ConfigDict, weights: Weights) -> Setting:
         identity=identity,
         network=weights.network,
         class_names=weights.class_names,
-        description="one-step generator, distilled for {step} steps",
+        description=f"{_steps_of(config)}-step generator, distilled for {{step}} steps",
         preview=preview,
         preview_count=count,
     )
+
+
+def _steps_of(config: ConfigDict) -> str:
+    count = config.objective.get("num_steps", 1)
+    return "one" if count == 1 else str(count)
 
 
 def _images_of(config: ConfigDict, method: Method) -> ImageSource | None:
@@ -175,8 +180,9 @@ def _images_of(config: ConfigDict, method: Method) -> ImageSource | None:
         if "images" in method.objective(stage).needs:
             if method.teacher.takes == "text":
                 raise UserError(
-                    f"{where}.objective.gan_weight: there is no source of encoded latents with "
-                    "their prompts; expected gan_weight and gan_fake_weight 0 for text"
+                    f"{where}.objective: {stage.objective.name} reads real images with these "
+                    "settings, and of text there is no source of them; expected dmd, or dmd2 with "
+                    "gan_weight and gan_fake_weight 0 and backward_simulation"
                 )
             return images_of(config, method.teacher)
     return None

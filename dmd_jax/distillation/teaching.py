@@ -55,7 +55,7 @@ def teaching_of(config: ConfigDict) -> Setting:
         sources=lambda stage: {"images": images},
         identity={"images": len(images)},
         network=config.network.to_dict(),
-        class_names=images.class_names,
+        class_names=images.class_names if denoiser.num_classes else None,
         description=f"EDM teacher of {config.data.images}, EMA after {{step}} steps",
         preview={"images": {"label": labels}},
         preview_count=PREVIEW_COUNT,

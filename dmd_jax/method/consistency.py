@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dmd_jax.method.schedules import NoiseLevel, expand
+from dmd_jax.method.schedules import NoiseLevel, edm_level, expand
 from dmd_jax.method.types import Denoise, Params
 
 
@@ -46,8 +46,7 @@ def karras_level(
     """The level at a position along Karras' curve: 0 is sigma_max, 1 sigma_min; arrays [B]."""
     position = jnp.asarray(position, jnp.float32)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    sigma = (high + position * (low - high)) ** rho
-    return NoiseLevel(jnp.ones_like(sigma), sigma, 0.25 * jnp.log(sigma))
+    return edm_level((high + position * (low - high)) ** rho)
 
 
 def euler_step(x: jax.Array, denoised: jax.Array, level: NoiseLevel, end: NoiseLevel) -> jax.Array:

@@ -31,7 +31,7 @@ DIVERGENCES: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType(
 _ABBREVIATIONS = {"sf": "softened_rkl", "sh": "hellinger", "jf": "jeffreys"}  # FastGen's names
 _MOST_LOGIT = 10.0  # whose exponential is the largest ratio, before it is clipped
 # How far a prediction is from its target, [B, ...] twice -> [B].
-METRICS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = MappingProxyType(
+DISTANCES: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = MappingProxyType(
     {
         "l1": lambda x, y: jnp.abs(x - y).mean(axis=_sample_axes(x)),
         "l2": lambda x, y: jnp.square(x - y).mean(axis=_sample_axes(x)),
@@ -268,7 +268,7 @@ def consistency_loss(
     target: jax.Array,
     *,
     weight: jax.Array,
-    metric: str | Callable[[jax.Array, jax.Array], jax.Array] = "l2",
+    distance: str | Callable[[jax.Array, jax.Array], jax.Array] = "l2",
 ) -> jax.Array:
     """weight * distance(denoised, sg(target)) of each example.
 
@@ -279,20 +279,20 @@ def consistency_loss(
       denoised: the student's prediction [B, ...] at the noisier level.
       target: of that shape; no gradient flows into it.
       weight: [B], such as `uniform_weight` of the level.
-      metric: "l1" or "l2", means over the elements, or (x, y) -> [B], such as LPIPS.
+      distance: "l1" or "l2", means over the elements, or (x, y) -> [B], such as LPIPS.
 
     Returns:
       float32 [B]; the methods take its mean.
 
     Raises:
-      ValueError: shapes differ, or the metric is unknown.
+      ValueError: shapes differ, or the distance is unknown.
     """
     _check_shapes(denoised=denoised, target=target)
-    if isinstance(metric, str) and metric not in METRICS:
+    if isinstance(distance, str) and distance not in DISTANCES:
         raise ValueError(
-            f"metric is {metric!r}; expected one of {', '.join(METRICS)}, or a function"
+            f"distance is {distance!r}; expected one of {', '.join(DISTANCES)}, or a function"
         )
-    distance = METRICS[metric] if isinstance(metric, str) else metric
+    distance = DISTANCES[distance] if isinstance(distance, str) else distance
     return weight * distance(_float32(denoised), jax.lax.stop_gradient(_float32(target)))
 
 

@@ -16,10 +16,10 @@ from dmd_jax.method import losses
 from dmd_jax.method.randomness import Role
 from dmd_jax.method.schedules import NoiseLevel, forward_diffusion
 from dmd_jax.method.types import Denoise, Params
+from dmd_jax.objectives.data_rows import image_needs, real_rows, samples_of
 from dmd_jax.objectives.matching import Networks
 from dmd_jax.objectives.objective import Batch, Keys, Objective, Player, Seen, View
 from dmd_jax.objectives.optimizers import Optimizer
-from dmd_jax.objectives.real_images import image_needs, real_rows, samples_of
 from dmd_jax.options import option
 from dmd_jax.teachers.teacher import Frozen, Teacher
 
@@ -64,7 +64,6 @@ def consistency(
     optimizers: Mapping[str, Optimizer],
     lpips: Callable[[Frozen, jax.Array, jax.Array], jax.Array] | None = None,
     preview_key: jax.Array,
-    **unused: Any,
 ) -> Objective:
     """One player, "generator", on real images of the source "images".
 
@@ -132,12 +131,12 @@ def _loss(parts: _Parts, params: Params, view: View) -> tuple[jax.Array, Seen]:
         parts.function(params, x_t, level, cond),
         target,
         weight=WEIGHTS[settings.level_weight](level),
-        metric=_metric(parts, view.frozen),
+        distance=_distance(parts, view.frozen),
     ).mean()
     return loss, Seen(metrics={"loss_generator": loss}, carry=target_params)
 
 
-def _metric(parts: _Parts, frozen: Frozen) -> str | Callable[[jax.Array, jax.Array], jax.Array]:
+def _distance(parts: _Parts, frozen: Frozen) -> str | Callable[[jax.Array, jax.Array], jax.Array]:
     if parts.settings.distance == "lpips":
         return functools.partial(parts.lpips, frozen)
     return parts.settings.distance

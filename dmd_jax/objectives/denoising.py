@@ -13,6 +13,7 @@ from dmd_jax.method import losses, samplers
 from dmd_jax.method.randomness import Role
 from dmd_jax.method.schedules import NoiseLevel, forward_diffusion
 from dmd_jax.method.types import Denoise, Params
+from dmd_jax.objectives.data_rows import image_needs
 from dmd_jax.objectives.draws import Draws, draw_lognormal
 from dmd_jax.objectives.objective import (
     Batch,
@@ -22,7 +23,6 @@ from dmd_jax.objectives.objective import (
     Seen,
     View,
     check_batch,
-    need,
 )
 from dmd_jax.objectives.optimizers import Optimizer
 from dmd_jax.options import option
@@ -113,7 +113,6 @@ def denoising(
         )
         return {"samples": teacher.decode(frozen, x0)}
 
-    image = jax.ShapeDtypeStruct(teacher.sample_shape, jnp.float32)
     player = Player(
         init=lambda frozen, key: init(key),
         loss=loss,
@@ -124,7 +123,7 @@ def denoising(
         players={"teacher": player},
         kept="teacher",
         batch_size=settings.batch_size,
-        needs={"images": need(settings.batch_size, {"x0": image} | dict(teacher.tokens))},
+        needs=image_needs(teacher, settings.batch_size),
         rows=rows,
         pictures=pictures,
     )

@@ -15,7 +15,7 @@ from dmd_jax.method import losses
 from dmd_jax.method.randomness import Role
 from dmd_jax.method.schedules import NoiseLevel
 from dmd_jax.method.types import Params
-from dmd_jax.objectives.conditions import cond_of, fresh_cond
+from dmd_jax.objectives.data_rows import cond_of, fresh_cond, pair_needs
 from dmd_jax.objectives.denoising import fake_score_loss
 from dmd_jax.objectives.draws import Draws, draw
 from dmd_jax.objectives.matching import Networks, generator_loss, join_pairs
@@ -241,11 +241,9 @@ def _needs(settings: DMD, teacher: Teacher) -> dict[str, Need]:
     """Pairs where they are regressed on or matched, prompts where tokens cannot be drawn."""
     needs = {}
     if settings.match_reference or settings.regression_weight:
-        image = jax.ShapeDtypeStruct(teacher.sample_shape, jnp.float32)
-        pair = {"z_ref": image, "y_ref": image} | dict(teacher.tokens)
         # Pairs among the matching loss's samples are the fake score's as well, on every step.
         every = 1 if settings.match_reference else settings.generator_every
-        needs["pairs"] = need(settings.regression_batch_size, pair, every=every)
+        needs |= pair_needs(teacher, settings.regression_batch_size, every=every)
     if teacher.draw_tokens is None:
         needs["prompts"] = need(_fresh(settings), teacher.tokens)
     return needs

@@ -16,7 +16,7 @@ from dmd_jax.method.randomness import Role
 from dmd_jax.method.schedules import NoiseLevel, few_step_indices, forward_diffusion
 from dmd_jax.method.types import Params
 from dmd_jax.models.heads import Head
-from dmd_jax.objectives.conditions import cond_of, fresh_cond
+from dmd_jax.objectives.data_rows import cond_of, fresh_cond, image_needs
 from dmd_jax.objectives.denoising import fake_score_loss
 from dmd_jax.objectives.draws import Draws, draw
 from dmd_jax.objectives.matching import Networks, matching_loss
@@ -27,7 +27,7 @@ from dmd_jax.options import option
 from dmd_jax.teachers.teacher import Frozen, Teacher
 
 
-class Weigh(NamedTuple):
+class SampleWeight(NamedTuple):
     """What each sample's matching gradient is multiplied by."""
 
     # (logits [B], levels, carry) -> (the factors [B], the next carry)
@@ -70,7 +70,7 @@ class _Parts(NamedTuple):
     teacher: Teacher
     networks: Networks
     fake_weight: Callable[[NoiseLevel], jax.Array]
-    weigh: Weigh | None
+    weigh: SampleWeight | None
     preview_key: jax.Array
 
     @property
@@ -93,9 +93,9 @@ def dmd2(
     optimizers: Mapping[str, Optimizer],
     fake_weight: Callable[[NoiseLevel], jax.Array] = losses.edm_weight,
     preview_key: jax.Array,
-    weigh: Weigh | None = None,
+    weigh: SampleWeight | None = None,
 ) -> Objective:
-    """The players "generator" and "fake_score", which has the head and its network in one tree.
+    """The players "generator" and "fake_score"; the latter's tree holds the head as well.
 
     The generator descends the matching loss plus the GAN's, whose gradient goes through the head
     and the encoder of the fake score to the samples. The fake score then descends the denoising
@@ -140,7 +140,7 @@ def dmd2(
                 init=with_head,
                 loss=functools.partial(_fake_score, parts),
                 optimizer=optimizers["fake_score"],
-                but_every=every if settings.alternate else 0,
+                skip_every=every if settings.alternate else 0,
             ),
         },
         kept="generator",
@@ -181,8 +181,7 @@ def _needs(parts: _Parts) -> dict[str, Need]:
     """Real images where something is learned from them, prompts where tokens cannot be drawn."""
     settings, teacher, needs = parts.settings, parts.teacher, {}
     if parts.reads_images:
-        image = jax.ShapeDtypeStruct(teacher.sample_shape, jnp.float32)
-        needs["images"] = need(settings.batch_size, {"x0": image} | dict(teacher.tokens))
+        needs |= image_needs(teacher, settings.batch_size)
     if teacher.draw_tokens is None:
         needs["prompts"] = need(settings.batch_size, teacher.tokens)
     return needs
@@ -344,6 +343,7 @@ def _pictures(
             min_index=settings.min_index,
             max_index=settings.max_index,
         ),
+        "key": jax.random.split(step_key, count),
     }
 
     def of_one(example: dict[str, Any]) -> dict[str, jax.Array]:
@@ -351,7 +351,7 @@ def _pictures(
             *(teacher.denoise, players["generator"], example["z"], example["cond"]),
             schedule=teacher.schedule,
             num_steps=settings.num_steps,
-            key=step_key,
+            key=example["key"][0],
         )
         _, aux = _matching(parts, x, players["fake_score"], frozen, example)
         return shown({"x": x} | aux["pictures"], example["matching"], teacher, frozen)

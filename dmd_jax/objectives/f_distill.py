@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dmd_jax.errors import UserError
 from dmd_jax.method import losses
 from dmd_jax.method.schedules import NoiseLevel, NoiseSchedule
-from dmd_jax.objectives.dmd2 import DMD2, Weigh, dmd2
+from dmd_jax.objectives.dmd2 import DMD2, SampleWeight, dmd2
 from dmd_jax.objectives.matching import Networks
 from dmd_jax.objectives.objective import Objective
 from dmd_jax.options import option
@@ -38,7 +38,8 @@ def f_distill(settings: FDistill, teacher: Teacher, networks: Networks, **parts:
     """As `dmd2`, with each sample's matching gradient multiplied by h(r) / mean h(r).
 
     The mean is over the samples that are computed together: those of a micro-batch, where a step
-    has several. The running means are the carry of the generator's loss.
+    has several. The running means are the carry of the generator's loss; of several micro-batches
+    it is the mean of theirs.
 
     Args:
       parts: the other arguments of `dmd2`.
@@ -51,7 +52,7 @@ def f_distill(settings: FDistill, teacher: Teacher, networks: Networks, **parts:
             f"ratio_lower={settings.ratio_lower:g} and ratio_upper={settings.ratio_upper:g}; "
             "expected ratio_lower < ratio_upper"
         )
-    weigh = Weigh(
+    weigh = SampleWeight(
         functools.partial(_weights, settings, teacher.schedule),
         (lambda params: jnp.ones(BINS)) if settings.ratio_normalization else None,
     )

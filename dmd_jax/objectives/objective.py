@@ -29,7 +29,6 @@ class View(NamedTuple):
     rows: Any  # of this micro-batch, as Objective.rows made them
     shared: Mapping[str, Any]  # what the losses of earlier players shared on these rows
     carry: Any = ()  # what the player's own loss left for its next update
-    averages: Mapping[str, Params] = {}  # each player's average, or its parameters without one
 
 
 class Seen(NamedTuple):
@@ -56,21 +55,21 @@ class Player(NamedTuple):
     every: int = 1  # updates on the first step and on each n-th after it
     ema_decay: float = 0.0  # of the average; 0 keeps none
     # Does not update on the first step and each n-th after it; 0 leaves none out.
-    but_every: int = 0
+    skip_every: int = 0
     # Its first parameters -> the carry of its loss before the first update, if it has one.
     carry: Callable[[Params], Any] | None = None
 
     def updates(self, step: jax.Array | int) -> jax.Array | bool:
         """Whether the player updates on the step after so many."""
-        if self.but_every:
-            return (step % self.every == 0) & (step % self.but_every != 0)
+        if self.skip_every:
+            return (step % self.every == 0) & (step % self.skip_every != 0)
         return step % self.every == 0
 
     def updates_before(self, step: jax.Array | int) -> jax.Array | int:
         """How often the player has updated after so many steps."""
         updates = (step + self.every - 1) // self.every
-        if self.but_every:
-            both = math.lcm(self.every, self.but_every)
+        if self.skip_every:
+            both = math.lcm(self.every, self.skip_every)
             updates = updates - (step + both - 1) // both
         return updates
 

@@ -17,10 +17,10 @@ from dmd_jax.method.randomness import Role
 from dmd_jax.method.schedules import forward_diffusion
 from dmd_jax.method.types import Params
 from dmd_jax.objectives.consistency import WEIGHTS
+from dmd_jax.objectives.data_rows import image_needs, real_rows, samples_of
 from dmd_jax.objectives.matching import Networks
 from dmd_jax.objectives.objective import Batch, Keys, Objective, Player, Seen, View
 from dmd_jax.objectives.optimizers import Optimizer
-from dmd_jax.objectives.real_images import image_needs, real_rows, samples_of
 from dmd_jax.options import option
 from dmd_jax.teachers.teacher import Frozen, Teacher
 
@@ -32,7 +32,7 @@ class Progressive:
     batch_size: int
     first_steps: int = option(8, least=1)  # of the first student; a power of two
     # Updates after which the student becomes the teacher, and the next one makes half as many
-    # steps, until it makes one.
+    # steps, until it makes one. A run of fewer than log2(first_steps) times as many ends before.
     halve_every: int = option(50_000, least=1)
     distance: str = option("l2", choices=("l1", "l2"))
     level_weight: str = option("truncated_snr", choices=tuple(WEIGHTS))
@@ -54,7 +54,6 @@ def progressive(
     init: Mapping[str, Callable[[Frozen, jax.Array], Params]],
     optimizers: Mapping[str, Optimizer],
     preview_key: jax.Array,
-    **unused: Any,
 ) -> Objective:
     """One player, "generator", on real images of the source "images".
 
@@ -107,13 +106,13 @@ def _loss(parts: _Parts, params: Params, view: View) -> tuple[jax.Array, Seen]:
     updates = view.carry["updates"]
     # Where a stage begins, the student of the last one is its teacher; where the first one does,
     # the student still is the teacher.
-    begins = updates % settings.halve_every == 0
+    halvings = settings.first_steps.bit_length() - 1
+    begins = (updates % settings.halve_every == 0) & (updates <= halvings * settings.halve_every)
     of_teacher = jax.tree.map(
         lambda old, new: jnp.where(begins, jax.lax.stop_gradient(new), old),
         view.carry["teacher"],
         params,
     )
-    halvings = settings.first_steps.bit_length() - 1
     stage = jnp.minimum(updates // settings.halve_every, halvings)
     steps = settings.first_steps / 2.0**stage
     index = jnp.minimum(jnp.floor(rows["part"] * steps), steps - 1)
@@ -125,7 +124,7 @@ def _loss(parts: _Parts, params: Params, view: View) -> tuple[jax.Array, Seen]:
         denoise(params, x_t, level, cond),
         target,
         weight=WEIGHTS[settings.level_weight](level),
-        metric=settings.distance,
+        distance=settings.distance,
     ).mean()
     metrics = {"loss_generator": loss, "student_steps": steps}
     return loss, Seen(metrics, carry={"teacher": of_teacher, "updates": updates + 1})

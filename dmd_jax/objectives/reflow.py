@@ -15,11 +15,10 @@ from dmd_jax.method import losses
 from dmd_jax.method.randomness import Role
 from dmd_jax.method.schedules import edm_level, forward_diffusion
 from dmd_jax.method.types import Params
-from dmd_jax.objectives.conditions import cond_of
+from dmd_jax.objectives.data_rows import cond_of, pair_needs, samples_of
 from dmd_jax.objectives.matching import Networks
-from dmd_jax.objectives.objective import Batch, Keys, Objective, Player, Seen, View, need
+from dmd_jax.objectives.objective import Batch, Keys, Objective, Player, Seen, View
 from dmd_jax.objectives.optimizers import Optimizer
-from dmd_jax.objectives.real_images import samples_of
 from dmd_jax.options import option
 from dmd_jax.teachers.teacher import Frozen, Teacher
 
@@ -40,7 +39,6 @@ def reflow(
     init: Mapping[str, Callable[[Frozen, jax.Array], Params]],
     optimizers: Mapping[str, Optimizer],
     preview_key: jax.Array,
-    **unused: Any,
 ) -> Objective:
     """One player, "generator", on the pairs (z_ref, y_ref).
 
@@ -74,8 +72,6 @@ def reflow(
         value = losses.denoising_loss(denoised, y, weight=1 / jnp.square(t)).mean()
         return value, Seen(metrics={"loss_generator": value})
 
-    image = jax.ShapeDtypeStruct(teacher.sample_shape, jnp.float32)
-    pair = {"z_ref": image, "y_ref": image} | dict(teacher.tokens)
     player = Player(
         init=init["generator"],
         loss=loss,
@@ -86,7 +82,7 @@ def reflow(
         players={"generator": player},
         kept="generator",
         batch_size=settings.batch_size,
-        needs={"pairs": need(settings.batch_size, pair)},
+        needs=pair_needs(teacher, settings.batch_size),
         rows=rows,
         pictures=functools.partial(samples_of, networks.generate, teacher, preview_key),
     )

@@ -16,7 +16,7 @@ from dmd_jax.method.consistency import karras_level
 from dmd_jax.method.randomness import Role
 from dmd_jax.method.schedules import NoiseLevel, forward_diffusion
 from dmd_jax.method.types import Params
-from dmd_jax.objectives.conditions import cond_of, fresh_cond
+from dmd_jax.objectives.data_rows import cond_of, fresh_cond
 from dmd_jax.objectives.denoising import fake_score_loss
 from dmd_jax.objectives.draws import Draws, draw_lognormal
 from dmd_jax.objectives.matching import Networks

@@ -42,7 +42,8 @@ def mean_flops(config: ConfigDict) -> float:
     """Operations of a step in the mean over steps, of which some leave the generator alone.
 
     Of a generator of several steps it counts the mean number of those that lead to the one that
-    learns.
+    learns. A fake score that rests while the generator learns (`alternate`) counts as if it did
+    not.
     """
     every = config.objective.get("generator_every", 1)
     if every == 1:

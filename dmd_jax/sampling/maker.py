@@ -13,7 +13,7 @@ import numpy as np
 from dmd_jax.errors import UserError
 from dmd_jax.method.randomness import Role, key_data, role_key
 from dmd_jax.sampling.devices import LocalDevices
-from dmd_jax.teachers.family import Pipeline
+from dmd_jax.teachers.family import GENERATORS, Pipeline
 from dmd_jax.teachers.teacher import Frozen, Teacher, Tokens
 
 log = logging.getLogger(__name__)
@@ -53,12 +53,18 @@ class ImageMaker:
         devices: Sequence[jax.Device] | None = None,
     ):
         teacher, defaults = pipeline.teacher, pipeline.family.defaults
-        asked = pipeline.weights.generator
-        sampler = sampler or generator_sampler_of(asked)
-        if sampler == "one-step" and "sigma_init" in asked:
-            options = {"sigma": asked["sigma_init"]} | dict(options or {})
+        generator = pipeline.weights.generator
+        sampler = sampler or generator_sampler_of(generator)
+        if "sigma_init" in generator and sampler in GENERATORS:
+            if sampler != "one-step":
+                sigma = generator["sigma_init"]
+                raise UserError(
+                    f"{sampler} with a generator that is held at sigma = {sigma:g}; "
+                    "expected one-step"
+                )
+            options = {"sigma": generator["sigma_init"]} | dict(options or {})
         if num_steps is None:
-            num_steps = steps_of(sampler, asked, defaults["steps"])
+            num_steps = steps_of(sampler, generator, defaults["steps"])
         make = x0_maker(teacher, sampler, num_steps=num_steps, guidance=guidance, **(options or {}))
         self.sample_shape = tuple(sample_shape or teacher.sample_shape)
         self._teacher = teacher
@@ -123,18 +129,18 @@ class ImageMaker:
         return functools.partial(decode, self._devices.replicate(self._decoders))
 
 
-def generator_sampler_of(asked: Mapping[str, float]) -> str:
-    """The sampler of a generator that is asked as Weights.generator says."""
-    return "few-step" if asked.get("num_steps", 1) > 1 else "one-step"
+def generator_sampler_of(generator: Mapping[str, float]) -> str:
+    """The sampler of a generator, by its Weights.generator."""
+    return "few-step" if generator.get("num_steps", 1) > 1 else "one-step"
 
 
-def steps_of(sampler: str, asked: Mapping[str, float], usual: int) -> int:
+def steps_of(sampler: str, generator: Mapping[str, float], usual: int) -> int:
     """How many steps a sampler makes by default.
 
     Args:
-      asked: Weights.generator. usual: of the family's samplers of several steps.
+      generator: Weights.generator. usual: of the family's samplers of several steps.
     """
-    return int(asked.get("num_steps", _FEW)) if sampler == "few-step" else usual
+    return int(generator.get("num_steps", _FEW)) if sampler == "few-step" else usual
 
 
 def x0_maker(
@@ -152,6 +158,15 @@ def x0_maker(
         )
     sample = teacher.samplers[sampler](num_steps=num_steps, guidance=guidance, **options)
     return lambda frozen, z, tokens, key: sample(frozen, z, teacher.encode(frozen, tokens), key)
+
+
+def generator_maker(
+    teacher: Teacher, generator: Mapping[str, float]
+) -> Callable[[Frozen, jax.Array, Tokens, jax.Array], jax.Array]:
+    """`x0_maker` of a generator, by its Weights.generator."""
+    sampler = generator_sampler_of(generator)
+    options = {"sigma": generator["sigma_init"]} if "sigma_init" in generator else {}
+    return x0_maker(teacher, sampler, num_steps=steps_of(sampler, generator, 1), **options)
 
 
 def image_shape(teacher: Teacher, frozen: Frozen, sample_shape: tuple[int, ...]) -> tuple[int, ...]:

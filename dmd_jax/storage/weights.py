@@ -30,8 +30,8 @@ _LONGEST_CONFIG = 8 << 20  # bytes; the names of many classes take some
 _DTYPES = ("F32", "BF16", "F16")
 # In a run's workdir: the names of the classes that its weights get in their config.json.
 CLASSES_FILE = "classes.json"
-# Keys of config.objective that say how a generator is asked, and what they are without them.
-_ASKED = {"num_steps": 1, "sigma_init": None}
+# Keys of config.objective that say how a generator is sampled, and their usual values.
+_SAMPLING_KEYS = {"num_steps": 1, "sigma_init": None}
 # The players that runs are for.
 KEPT = ("generator", "teacher")
 
@@ -45,7 +45,7 @@ class Weights(NamedTuple):
     source: dict[str, str] | None = None  # "file" and "sha256" of what they were converted from
     # By label, None for one without a name; None as a whole where the training data have no names.
     class_names: tuple[str | None, ...] | None = None
-    # How a generator is asked that is not held at the schedule's last level for one step.
+    # How a generator is sampled that is not held at the schedule's last level for one step.
     generator: Mapping[str, float] = MappingProxyType({})
 
 
@@ -169,7 +169,7 @@ def network_of(folder: Path) -> dict[str, Any]:
 
 
 def generator_of(folder: Path) -> dict[str, float]:
-    """How the generator of a weights folder or a workdir is asked, as Weights.generator.
+    """How the generator of a weights folder or a workdir is sampled, as Weights.generator.
 
     Raises:
       UserError: as network_of.
@@ -177,14 +177,14 @@ def generator_of(folder: Path) -> dict[str, float]:
     folder = path_of(folder)
     is_workdir = _is_workdir(folder)
     content = _read_json(folder / "config.json", needs="config" if is_workdir else "network")
-    return _generator(content["config"].get("objective") if is_workdir else content, folder)
+    return _of_run(content, folder) if is_workdir else _of_folder(content, folder)
 
 
-def asked_by(objective: Mapping[str, Any]) -> dict[str, float]:
-    """What config.objective says of how its generator is asked, as Weights.generator."""
+def sampling_of(objective: Mapping[str, Any]) -> dict[str, float]:
+    """What config.objective says of how its generator is sampled, as Weights.generator."""
     return {
         key: objective[key]
-        for key, usual in _ASKED.items()
+        for key, usual in _SAMPLING_KEYS.items()
         if objective.get(key) is not None and objective[key] != usual
     }
 
@@ -242,14 +242,28 @@ def _class_names(
     return tuple(names)
 
 
-def _generator(content: Any, folder: Path) -> dict[str, float]:
-    """`asked_by` of a run's objective, or what the config of a weights folder has of it.
+def _of_run(content: dict[str, Any], folder: Path) -> dict[str, float]:
+    """`sampling_of` of the objective of a run that distils; {} of a teacher's."""
+    config = content["config"]
+    objective = config.get("objective") if isinstance(config, dict) else None
+    return {} if content.get("command") == "teacher" else _checked(objective or {}, folder)
+
+
+def _of_folder(content: dict[str, Any], folder: Path) -> dict[str, float]:
+    """What the config.json of a weights folder has of it."""
+    return _checked(content.get("generator", {}), folder)
+
+
+def _checked(found: Any, folder: Path) -> dict[str, float]:
+    """`sampling_of` of a dict.
 
     Raises:
-      UserError: something else than positive numbers.
+      UserError: something else than a dict of positive numbers.
     """
-    content = content if isinstance(content, dict) else {}
-    found = asked_by(content.get("generator", content))
+    if not isinstance(found, dict):
+        path = folder / "config.json"
+        raise UserError(f"{path}: generator is {found!r:.100}; expected a dict, as train writes it")
+    found = sampling_of(found)
     for key, value in found.items():
         kind = int if key == "num_steps" else float
         if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < 1e6:
@@ -272,7 +286,7 @@ def _load_folder(folder: Path) -> Weights:
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
     description = config.get("description", str(folder))
     names = _class_names(config, network, folder / "config.json")
-    asked = _generator(config, folder)
+    asked = _of_folder(config, folder)
     return Weights(network, params, description, config.get("source"), names, asked)
 
 
@@ -305,7 +319,8 @@ def _read_leaves(folder: Path, expected: dict[str, Any]) -> dict[str, np.ndarray
 
 
 def _load_workdir(folder: Path, player: str | None) -> Weights:
-    config = _read_json(folder / "config.json", needs="config")["config"]
+    content = _read_json(folder / "config.json", needs="config")
+    config = content["config"]
     names = [place for one in (KEPT if player is None else (player,)) for place in _places(one)]
     found = restore_subtree(folder / "checkpoints", names)
     if found is None:
@@ -318,10 +333,10 @@ def _load_workdir(folder: Path, player: str | None) -> Weights:
     check_same_architecture(params, abstract_params(network), folder)
     names = None
     if answered(lambda: is_there(folder / CLASSES_FILE)):
-        content = _read_json(folder / CLASSES_FILE, needs="class_names")
-        names = _class_names(content, network, folder / CLASSES_FILE)
+        of_classes = _read_json(folder / CLASSES_FILE, needs="class_names")
+        names = _class_names(of_classes, network, folder / CLASSES_FILE)
     description = f"{folder} at step {step}, {name}"
-    asked = _generator(config.get("objective"), folder)
+    asked = _of_run(content, folder)
     return Weights(network, params, description, class_names=names, generator=asked)
 
 

@@ -60,8 +60,8 @@ def make_train_step(
     are at that time, and what earlier losses of the step shared.
 
     Args:
-      accumulation: micro-batches of each player's update; they change the memory needed, not the
-        result.
+      accumulation: micro-batches of each player's update; they change the memory needed, and the
+        result only of a loss that takes a mean of its own over a batch, as f-distill's weights.
       mesh: over whose data and fsdp axes each device works on its own rows.
     """
 
@@ -109,7 +109,7 @@ def make_train_step(
         """A player's part of the step, in which it updates or is kept."""
         player = objective.players[name]
         updates = player.updates_before(step)
-        if player.every == 1 and not player.but_every:
+        if player.every == 1 and not player.skip_every:
             return updated(name, state, updates, view)
         update, keep = functools.partial(updated, name), functools.partial(kept, name)
         return jax.lax.cond(player.updates(step), update, keep, state, updates, view)
@@ -124,8 +124,7 @@ def make_train_step(
             rows = parts_of(_split_rows(objective.rows(keys, frozen, batch), mesh), accumulation)
             for name in objective.players:
                 params = {other: player.params for other, player in players.items()}
-                averages = {other: player.averaged for other, player in players.items()}
-                view = View(params, frozen, rows, shared, averages=averages)
+                view = View(params, frozen, rows, shared)
                 players[name], metrics[name], more = turn(name, players[name], state.step, view)
                 shared = shared | more
         return TrainState(state.step + 1, players, state.key), metrics

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from commands import ROOT, fails, succeeds
+from commands import ROOT, TINY, fails, succeeds
 from PIL import Image
 
 from dmd_jax.commands.compare import chosen_objectives, equal_steps
@@ -115,6 +115,8 @@ def test_names_of_variants():
         ("dmd,dmd", "the name 'dmd' is given twice or is no plain word"),
         ("a/b=dmd", "the name 'a/b' is given twice or is no plain word"),
         ("", "'' is unknown"),
+        ("teacher=dmd", "teacher is the study's own name"),
+        ("pairs=dmd", "pairs is the study's own name"),
     ):
         with pytest.raises(UserError, match=message):
             chosen_objectives(text)
@@ -129,6 +131,7 @@ def test_names_of_variants():
         (("--objectives", "dmd", "--seeds", "1,1"), "--seeds '1,1' has a number twice"),
         (("--objectives", "dmd", "--config", f"{FAMILY}:dmd"), "expected a file alone, whose arg"),
         (("--objectives", "dmd2", "--config.data.images="), "config.data.images is empty"),
+        (("--objectives", "dmd", "--config", TINY), "get_config() takes no argument; expected one"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_made(command, tmp_path, capsys, argv, named):

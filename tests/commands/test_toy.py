@@ -104,6 +104,16 @@ def test_a_finished_run_is_kept(workdir, capsys):
     assert (workdir / "results.json").read_bytes() == before
 
 
+def test_another_objective_is_refused(tmp_path, capsys):
+    path = tmp_path / "other.py"
+    path.write_text(
+        "from dmd_jax.config import load_config, with_objective\n"
+        f"get_config = lambda: with_objective(load_config({str(CONFIG)!r}, []), 'sid')\n"
+    )
+    line = fails(capsys, "toy", "--config", path, "--workdir", tmp_path / "w")
+    assert "config.objective.name is sid; expected dmd, of which the panels are" in line
+
+
 def test_every_objective_starts_from_the_same_cluster(plane):
     settings = DMD(batch_size=4, regression_batch_size=4, distance="l2")
     initial = []

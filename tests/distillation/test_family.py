@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from commands import ROOT, fails, succeeds
+from commands import ROOT, TINY, fails, succeeds
+from PIL import Image
 
 from dmd_jax.config import load_config
 from dmd_jax.distillation import setting_of
@@ -141,6 +142,33 @@ def test_sids_generator_is_sampled_at_its_own_level(run, tiny, tmp_path):
     assert np.abs(own - last).max() > 0.1
 
 
+def test_other_samplers_of_a_generator_at_its_own_level_are_refused(run, tmp_path, capsys):
+    out = tmp_path / "x.npy"
+    line = fails(
+        capsys, "sample", "--weights", run("sid"), "--sampler", "few-step", "--num", 2, "--out", out
+    )
+    assert "few-step with a generator that is held at sigma = 2.5; expected one-step" in line
+
+
+def test_a_teachers_workdir_is_sampled_as_a_teacher(run, tiny, tmp_path):
+    workdir = tmp_path / "teacher"
+    options = ("--config", f"{FAMILY}:sid", "--workdir", workdir)
+    succeeds("teacher", *options)
+    assert load_weights(workdir).generator == {}
+
+
+def test_labelled_images_teach_a_network_without_classes(tmp_path):
+    options = ("--config", TINY, "--config.network.label_dim=0", "--workdir", tmp_path / "teacher")
+    named = tmp_path / "images"
+    for index, name in enumerate(("cat", "dog")):
+        for number in range(8):
+            path = named / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 90 * index + number, np.uint8)).save(path)
+    succeeds("teacher", *options, f"--config.data.images={named}", "--config.teaching.batch_size=8")
+    succeeds("sample", "--weights", tmp_path / "teacher", "--num", 2, "--out", tmp_path / "x.npy")
+
+
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
@@ -164,9 +192,13 @@ def test_a_damaged_record_of_the_generator_is_refused(run, tmp_path, capsys):
     weights = run("sid") / "weights"
     (tmp_path / "model.safetensors").write_bytes((weights / "model.safetensors").read_bytes())
     network = json.loads((weights / "config.json").read_text())["network"]
-    for value in ("many", -1, 2.5):
-        content = {"network": network, "generator": {"num_steps": value}}
+    cases = {
+        f"num_steps is {value!r}; expected a positive number": {"num_steps": value}
+        for value in ("many", -1, 2.5)
+    }
+    cases |= {f"generator is {value!r}; expected a dict": value for value in ([1], "x", None)}
+    for message, generator in cases.items():
+        content = {"network": network, "generator": generator}
         (tmp_path / "config.json").write_text(json.dumps(content))
         out = tmp_path / "x.npy"
-        line = fails(capsys, "sample", "--weights", tmp_path, "--num", 2, "--out", out)
-        assert f"num_steps is {value!r}; expected a positive number" in line
+        assert message in fails(capsys, "sample", "--weights", tmp_path, "--num", 2, "--out", out)

@@ -53,7 +53,7 @@ def test_dmd2_in_four_steps_to_a_sampled_image(road, tmp_path, capsys):
     dmd2 = ("--config", f"{arguments[1]}:dmd2", *arguments[2:4])
     gan = ("--config.objective.gan_weight=1e-3", "--config.objective.gan_fake_weight=1e-2")
     line = fails(capsys, "train", *dmd2, *gan, "--workdir", tmp_path / "gan")
-    assert "objective.gan_weight: there is no source of encoded latents with their prompts" in line
+    assert "dmd2 reads real images with these settings, and of text there is no source" in line
     run = tmp_path / "run"
     succeeds("train", *dmd2, "--workdir", run, "--config.steps=6")
     assert [line["step"] for line in read_metrics(run)] == list(range(1, 7))

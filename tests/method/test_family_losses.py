@@ -187,12 +187,12 @@ def test_the_second_term_of_sid_is_zero_with_the_exact_fake_score():
 def test_consistency_loss_metrics_and_refusals():
     x, y, weight = jnp.array([[1.0, 3.0]]), jnp.array([[0.0, 1.0]]), jnp.array([2.0])
     assert losses.consistency_loss(x, y, weight=weight)[0] == 2 * 2.5
-    assert losses.consistency_loss(x, y, weight=weight, metric="l1")[0] == 2 * 1.5
-    own = losses.consistency_loss(x, y, weight=weight, metric=lambda x, y: (x - y).max(axis=1))
+    assert losses.consistency_loss(x, y, weight=weight, distance="l1")[0] == 2 * 1.5
+    own = losses.consistency_loss(x, y, weight=weight, distance=lambda x, y: (x - y).max(axis=1))
     assert own[0] == 4
     assert not jax.grad(lambda y: losses.consistency_loss(x, y, weight=weight)[0])(y).any()
-    with pytest.raises(ValueError, match="metric is 'l3'; expected one of l1, l2, or a function"):
-        losses.consistency_loss(x, y, weight=weight, metric="l3")
+    with pytest.raises(ValueError, match="distance is 'l3'; expected one of l1, l2, or a function"):
+        losses.consistency_loss(x, y, weight=weight, distance="l3")
     level = edm_level(jnp.array([0.5, 2.0]))
     np.testing.assert_array_equal(losses.uniform_weight(level), [1, 1])
     np.testing.assert_array_equal(losses.truncated_snr_weight(level), [4, 1])

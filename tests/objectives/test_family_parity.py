@@ -186,7 +186,7 @@ def test_consistency_and_progressive_distillation(networks, kind):
         def loss(last, metric, weight):
             of_student = function(params | {"out_conv": last}, x_t, level, cond)
             value = losses.consistency_loss(
-                of_student, target, weight=WEIGHTS[weight](level), metric=metric
+                of_student, target, weight=WEIGHTS[weight](level), distance=metric
             )
             return value.mean(), value
 

@@ -1,10 +1,10 @@
-"""Our side of making images: the one-step generator from the host and back, on random weights."""
+"""Our side of making images: the generator from the host and back, on random weights."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,8 @@ from dmd_jax.parallel.sharding import (
 from dmd_jax.performance.benchmark.own_step import delete, memory_facts
 from dmd_jax.performance.benchmark.random_arrays import in_host_memory, random_weights
 from dmd_jax.performance.flops import count_flops
-from dmd_jax.sampling.maker import x0_maker
+from dmd_jax.sampling.maker import generator_maker
+from dmd_jax.storage.weights import sampling_of
 from dmd_jax.teachers.families import family_of, networks_of
 from dmd_jax.teachers.family import abstract_frozen, abstract_tokens
 from dmd_jax.teachers.teacher import Frozen, Teacher, Tokens
@@ -67,7 +68,7 @@ class OwnImages:
                 for name, one in abstract_tokens(teacher, count).items()
             },
         )
-        self._make = functools.partial(_pixels, teacher, mesh)
+        self._make = functools.partial(_pixels, teacher, sampling_of(config.objective), mesh)
         self.images, self.flops = count, count_flops(self._make, self._shapes, *self.inputs)
 
     def prepare(self) -> None:
@@ -105,10 +106,15 @@ class OwnImages:
 
 
 def _pixels(
-    teacher: Teacher, mesh: Mesh, frozen: Frozen, z: jax.Array, tokens: Tokens
+    teacher: Teacher,
+    generator: Mapping[str, float],
+    mesh: Mesh,
+    frozen: Frozen,
+    z: jax.Array,
+    tokens: Tokens,
 ) -> jax.Array:
     """uint8 images by EDM's rule (see pictures.to_uint8), so that little leaves the devices."""
-    make = x0_maker(teacher, "one-step", num_steps=1)
+    make = generator_maker(teacher, generator)
     with program_for(mesh):
         images = teacher.decode(frozen, make(frozen, z, tokens, jax.random.key(0)))
         return (127.5 * images + 128).clip(0, 255).astype(jnp.uint8)

@@ -15,14 +15,15 @@ from dmd_jax.distillation.program import abstract_program
 from dmd_jax.models import complete
 from dmd_jax.parallel.sharding import bytes_a_device
 from dmd_jax.performance.benchmark.random_arrays import in_host_memory, random_batch, random_weights
-from dmd_jax.performance.flops import model_flops
+from dmd_jax.performance.flops import mean_flops
 
 
 class OwnStep:
     """The config's train step, compiled, with a state, frozen networks and a batch on the mesh.
 
     Attributes:
-      images: of a step. flops: that its model needs, without what is computed again for memory.
+      images: of a step. flops: that its model needs, in the mean over steps, without what is
+        computed again for memory. uneven: whether some steps leave a player alone.
       frozen: from `prepare` on, the parameters that the step only reads.
       batch: what it takes besides. state: the TrainState, replaced by each step.
 
@@ -32,7 +33,8 @@ class OwnStep:
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         self._config, self._program = config, abstract_program(config, mesh)
-        self.images, self.flops = config.batch_size, model_flops(config)
+        self.images, self.flops = config.batch_size, mean_flops(config)
+        self.uneven = config.objective.get("generator_every", 1) > 1
 
     def prepare(self) -> None:
         """Compiles the step, and makes on the devices what it takes."""

@@ -32,6 +32,7 @@ class Heat(NamedTuple):
     flops: int  # that the model needs for it, whoever does it
     ours: Callable[[], Rival]
     peers: Mapping[str, Callable[[], Rival]]
+    uneven: bool = False  # units differ, so that speeds are of their mean and not of the median
 
 
 def run_heat(
@@ -110,10 +111,11 @@ def _rounds(names: str, total: int, told: Callable[[str], None]) -> Callable[[in
 
 def _figures(seconds: np.ndarray, heat: Heat, peak: float | None) -> dict[str, Any]:
     taken = summary(seconds)
-    flops = heat.flops / taken["median"]
+    typical = float(np.mean(seconds)) if heat.uneven else taken["median"]
+    flops = heat.flops / typical
     return {
         "seconds": taken,
-        "images_per_second": heat.images / taken["median"],
+        "images_per_second": heat.images / typical,
         "flops_per_second": flops,
         "utilisation": None if peak is None else flops / peak,
     }

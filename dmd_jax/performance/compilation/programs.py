@@ -22,7 +22,8 @@ from dmd_jax.parallel.sharding import (
 )
 from dmd_jax.performance.flops import count_flops, model_flops
 from dmd_jax.sampling.devices import LocalDevices
-from dmd_jax.sampling.maker import x0_maker
+from dmd_jax.sampling.maker import generator_maker, generator_sampler_of, steps_of, x0_maker
+from dmd_jax.storage.weights import sampling_of
 from dmd_jax.teachers.families import family_of, networks_of
 from dmd_jax.teachers.family import abstract_frozen, abstract_tokens
 
@@ -79,12 +80,17 @@ def _sampling(config: ConfigDict, what: str, devices: Sequence[jax.Device]) -> C
     local = LocalDevices(options.batch_size, own)
     chosen = options if what == "pairs" else config
     computation = computation_of(chosen)
-    sampler, steps, guidance = "one-step", 1, 1.0
+    generator, guidance = sampling_of(config.objective), 1.0
+    sampler = generator_sampler_of(generator)
+    steps = steps_of(sampler, generator, 1)
     if what == "pairs":
         sampler, steps, guidance = options.sampler, options.num_steps, config.teacher.guidance
     networks = networks_of(config)
     teacher = family_of(config.network).build(networks, **computation)
-    make = x0_maker(teacher, sampler, num_steps=steps, guidance=guidance)
+    if what == "pairs":
+        make = x0_maker(teacher, sampler, num_steps=steps, guidance=guidance)
+    else:
+        make = generator_maker(teacher, generator)
     frozen = abstract_frozen(networks)
     if guidance != 1:
         frozen["null"] = jax.eval_shape(teacher.encode, frozen, abstract_tokens(teacher, 1))
