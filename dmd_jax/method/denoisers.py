@@ -58,7 +58,7 @@ def edm_denoiser(
         variance = sigma**2 + sigma_data**2
         c_skip = sigma_data**2 / variance
         c_out = sigma * sigma_data / jnp.sqrt(variance)
-        seen = _seen_by_edm(x_t, level, cond, sigma_data, label_dim)
+        seen = _seen_by_edm(x_t, variance, level, cond, label_dim)
         return c_skip * x_t + c_out * _checked(apply(params, *seen, **options), x_t)
 
     return denoise
@@ -77,7 +77,9 @@ def edm_features(
     """
 
     def features(params: Params, x_t: jax.Array, level: NoiseLevel, cond) -> jax.Array:
-        seen = _seen_by_edm(x_t.astype(jnp.float32), level, cond, sigma_data, label_dim)
+        x_t = x_t.astype(jnp.float32)
+        variance = expand(level.sigma.astype(jnp.float32), x_t) ** 2 + sigma_data**2
+        seen = _seen_by_edm(x_t, variance, level, cond, label_dim)
         return apply(params, *seen).astype(jnp.float32)
 
     return features
@@ -172,13 +174,16 @@ def guided(denoise: Denoise, guidance: float, *, at_once: bool = True) -> Denois
 
 
 def _seen_by_edm(
-    x_t: jax.Array, level: NoiseLevel, cond, sigma_data: float, label_dim: int
+    x_t: jax.Array, variance: jax.Array, level: NoiseLevel, cond, label_dim: int
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """What a raw network is given: c_in x_t, c_noise, and the labels where it has classes."""
-    sigma = level.sigma.astype(jnp.float32)
-    c_in = 1 / jnp.sqrt(expand(sigma, x_t) ** 2 + sigma_data**2)
+    """What a raw network is given: c_in x_t, c_noise, and the labels where it has classes.
+
+    Args:
+      variance: sigma^2 + sigma_data^2, [B, 1, ...].
+    """
+    c_noise = jnp.log(level.sigma.astype(jnp.float32)) / 4
     labels = _one_hot(cond, label_dim, x_t.shape[0]) if label_dim else None
-    return c_in * x_t, jnp.log(sigma) / 4, labels
+    return 1 / jnp.sqrt(variance) * x_t, c_noise, labels
 
 
 def _interleave(first: jax.Array, second: jax.Array) -> jax.Array:

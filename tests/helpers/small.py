@@ -34,7 +34,10 @@ def init(key):
 
 def features(params, x_t, level, cond):
     """The hidden layer [B, WIDTH]."""
-    scale = jnp.sqrt(expand(level.sigma, x_t) ** 2 + 0.25)
+    return _hidden(params, x_t, jnp.sqrt(expand(level.sigma, x_t) ** 2 + 0.25), level, cond)
+
+
+def _hidden(params, x_t, scale, level, cond):
     flat = (x_t / scale).reshape(len(x_t), -1)
     time = jnp.stack([jnp.sin(level.time), jnp.cos(level.time)], axis=1)
     hidden = jnp.concatenate([flat, time], axis=1) @ params["first"]["kernel"]
@@ -47,7 +50,7 @@ def denoise(params, x_t, level, cond):
     """denoise(params, x_t, level, cond) -> x0 with sigma_data = 0.5."""
     sigma = expand(level.sigma, x_t)
     scale = jnp.sqrt(sigma**2 + 0.25)
-    hidden = features(params, x_t, level, cond)
+    hidden = _hidden(params, x_t, scale, level, cond)
     raw = hidden @ params["second"]["kernel"] + params["second"]["bias"]
     return 0.25 / scale**2 * x_t + 0.5 * sigma / scale * raw.reshape(x_t.shape)
 
