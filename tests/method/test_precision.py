@@ -29,6 +29,7 @@ from dmd_jax.objectives import Denoising, denoising
 from dmd_jax.objectives.optimizers import AdamW, adamw
 from dmd_jax.parallel.sharding import make_mesh
 from dmd_jax.teachers.edm import edm_teacher
+from dmd_jax.teachers.family import GENERATORS
 from dmd_jax.teachers.stable_diffusion import STABLE_DIFFUSION
 from dmd_jax.training.train_step import initial_state, make_train_step
 
@@ -215,12 +216,14 @@ def test_lpips_takes_a_precision_and_a_dtype():
     assert {product.dtypes for product in found(dtype="bfloat16")} == {("bfloat16", "bfloat16")}
 
 
-@pytest.mark.parametrize("sampler", ["one_step", "heun", "euler"])
+@pytest.mark.parametrize("sampler", ["one_step", "few_step", "heun", "euler"])
 def test_samplers_of_images(sampler):
     denoiser = build_denoiser(NETWORKS["songunet"])
     options = {"num_steps": 2, "key": jax.random.key(0)}
     if sampler == "one_step":
         options = {"schedule": denoiser.schedule}
+    elif sampler == "few_step":
+        options["schedule"] = denoiser.schedule
     sample = functools.partial(getattr(samplers, sampler), denoiser.denoise, **options)
     params, z = abstract_params(NETWORKS["songunet"]), array(2, *denoiser.sample_shape)
     check(products_of(sample, params, z, array(2, dtype=jnp.int32)), "HIGHEST")
@@ -228,7 +231,7 @@ def test_samplers_of_images(sampler):
 
 @pytest.mark.parametrize("sampler", STABLE_DIFFUSION.samplers)
 def test_samplers_of_latents(sampler):
-    network, guidance = NETWORKS["unet2d_condition"], 1.0 if sampler == "one-step" else 3.0
+    network, guidance = NETWORKS["unet2d_condition"], 1.0 if sampler in GENERATORS else 3.0
     encoder = {"name": "clip_text", "max_position_embeddings": 77} | TEXT
     networks = {"network": network, "text_encoder": encoder}
     teacher = STABLE_DIFFUSION.build(networks, dtype="float32", precision="highest")
