@@ -52,6 +52,14 @@ def test_no_role_changes_its_number():
         "SAMPLER_NOISE": 9,
         "SAMPLE_LATENTS": 10,
         "SAMPLE_LABELS": 11,
+        "GAN_GENERATOR": 12,
+        "GAN_FAKE": 13,
+        "GAN_REAL": 14,
+        "STEP": 15,
+        "STEP_NOISE": 16,
+        "FAKE_LATENTS": 17,
+        "FAKE_LABELS": 18,
+        "LEVELS": 19,
     }
 
 

@@ -104,7 +104,10 @@ def test_decoders_take_the_latents_of_the_unet(text_weights):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({"sampler": "heun"}, "unknown sampler 'heun' of text; expected one of one-step, pndm"),
+        (
+            {"sampler": "heun"},
+            "unknown sampler 'heun' of text; expected one of one-step, few-step, pndm",
+        ),
         ({"sampler": "one-step", "guidance": 7.5}, "guidance 7.5 with the sampler one-step"),
         ({"sampler": "pndm", "guidance": -1.0}, "guidance is -1.0; expected a number of at least"),
         ({"sampler": "dpm++", "num_steps": 0}, "num_steps is 0; expected 1 to 1000"),
@@ -119,7 +122,10 @@ def test_impossible_settings_are_refused_before_anything_is_compiled(pipeline, o
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({"sampler": "pndm"}, "unknown sampler 'pndm' of labels; expected one of one-step, heun"),
+        (
+            {"sampler": "pndm"},
+            "unknown sampler 'pndm' of labels; expected one of one-step, few-step, heun",
+        ),
         ({"sampler": "heun", "num_steps": 0}, "0 sampling steps; expected at least 1"),
         ({"sampler": "heun", "guidance": 2.0}, "guidance 2; expected 1 for a network of labels"),
         (
