@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from dmd_jax.commands import ablate
+from dmd_jax.commands import ablate, study_command
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCED = ("launch/common.sh", "launch/gpu.sh")
@@ -370,8 +370,8 @@ def evaluated(line):
     parser = argparse.ArgumentParser()
     ablate.add_arguments(parser)
     given, _ = parser.parse_known_args(re.findall(r"\[(.*?)\]", line)[1:])
-    return ablate._parsed(
-        ablate.evaluate_arguments(given, ConfigDict({"data": {"images": "digits"}}))
+    return study_command._parsed(
+        study_command.evaluate_arguments(given, ConfigDict({"data": {"images": "digits"}}))
     )
 
 
