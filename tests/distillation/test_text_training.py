@@ -55,14 +55,12 @@ def test_dmd2_in_four_steps_to_a_sampled_image(road, tmp_path, capsys):
     line = fails(capsys, "train", *dmd2, *gan, "--workdir", tmp_path / "gan")
     assert "dmd2 reads real images with these settings, and of text there is no source" in line
     run = tmp_path / "run"
-    succeeds("train", *dmd2, "--workdir", run, "--config.steps=6")
-    assert [line["step"] for line in read_metrics(run)] == list(range(1, 7))
+    succeeds("train", *dmd2, "--workdir", run, "--config.steps=2")
+    assert [line["step"] for line in read_metrics(run)] == [1, 2]
     assert load_weights(run / "weights").generator == {"num_steps": 4}
-    sample = ("sample", "--weights", run, "--prompts", prompts, "--batch-size", 4)
-    succeeds(*sample, "--out", tmp_path / "four.npy")
-    succeeds(*sample, "--sampler", "one-step", "--out", tmp_path / "one.npy")
-    four, one = (np.load(tmp_path / f"{name}.npy") for name in ("four", "one"))
-    assert four.shape == (len(PROMPTS), 64, 64, 3) and np.abs(four - one).max() > 1e-3
+    out = tmp_path / "four.npy"
+    succeeds("sample", "--weights", run, "--prompts", prompts, "--batch-size", 4, "--out", out)
+    assert np.load(out).shape == (len(PROMPTS), 64, 64, 3)
 
 
 def parameters(workdir):

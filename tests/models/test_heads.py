@@ -64,9 +64,14 @@ def test_equals_the_layers_in_pytorch():
 NETWORKS = {
     "songunet": (
         dict(
-            img_resolution=8, in_channels=1, out_channels=1, model_channels=16, channel_mult=(1, 2)
+            img_resolution=8,
+            in_channels=1,
+            out_channels=1,
+            model_channels=16,
+            channel_mult=(1, 2),
+            num_blocks=1,
         ),
-        ("enc_8x8_conv", "enc_4x4_block3"),
+        ("enc_8x8_conv", "enc_4x4_block0"),
         (4, 4, 32),
     ),
     "mlp": (dict(dim=2, width=16, depth=3), ("layer0", "layer1"), (16,)),
