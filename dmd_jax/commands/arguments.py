@@ -239,8 +239,7 @@ def image_settings(
     one_step = args.sampler == "one-step"
     return pipeline.identity() | {
         "sampler": args.sampler,
-        # A batch's noise is one draw, and the devices may have made the batch larger.
-        "noise_batch_size": maker.batch_size if args.sampler == "few-step" else None,
+        "noise_batch_size": maker.noise_batch_size,
         "num_steps": 1 if one_step else args.steps,
         "sampling": None if args.sampler in GENERATORS else pipeline.sampling,
         "guidance": args.guidance,

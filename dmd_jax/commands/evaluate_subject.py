@@ -109,12 +109,10 @@ def _labelled(args: argparse.Namespace, conventions: Conventions) -> Subject:
             return {"label": np.arange(start, stop, dtype=np.int32) % max(classes, 1)}
         return {"label": draw_labels(args.seed, start, stop, classes)}
 
-    noisy = args.s_churn or args.sampler == "few-step"
     settings = pipeline.identity() | {
         "network": complete(weights.network),
         "sampler_options": {name: getattr(args, name) for name in SAMPLER_OPTIONS},
-        # A batch's noise is one draw, and the devices may have made the batch larger.
-        "noise_batch_size": maker.batch_size if noisy else None,
+        "noise_batch_size": maker.noise_batch_size,
         "labels": conventions.labels,
         "bytes": conventions.bytes,
     }

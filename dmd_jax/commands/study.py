@@ -12,9 +12,7 @@ from ml_collections import ConfigDict
 
 from dmd_jax.commands.cli import run_step
 from dmd_jax.data.pairs_metadata import read_metadata
-from dmd_jax.distillation import method_of
 from dmd_jax.distillation.ablations import decisive
-from dmd_jax.distillation.from_config import images_of
 from dmd_jax.errors import UserError
 from dmd_jax.reporting.metrics import read_metrics
 from dmd_jax.sampling.draws import DRAWS, draw_latents
@@ -37,10 +35,8 @@ class Variant(NamedTuple):
     config: ConfigDict
     arguments: Sequence[str]  # of `dmd-jax train`, which give that config
     facts: Mapping[str, Any] = {}  # JSON-able, what the results say of it besides
-
-    @property
-    def reads_pairs(self) -> bool:
-        return "pairs" in method_of(self.config).objective(self.config).needs
+    reads_pairs: bool = True
+    images: Sequence[Any] | None = None  # JSON-able, which real images it reads, if any
 
 
 class Study(NamedTuple):
@@ -92,7 +88,7 @@ class Study(NamedTuple):
             folder / "weights",
             sampler,
             train=["train", *variant.arguments, *overrides, "--workdir", folder],
-            trained={"config": decisive(config), **_contents(config, pairs)},
+            trained={"config": decisive(config), **_contents(config, pairs, variant.images)},
         )
         return results | {"training": _took(folder, config)}
 
@@ -162,17 +158,18 @@ def _took(folder: Path, config: ConfigDict) -> dict[str, Any]:
     return {"steps": config.steps, "seconds_per_step": seconds}
 
 
-def _contents(config: ConfigDict, pairs: Path | None) -> dict[str, Any]:
+def _contents(
+    config: ConfigDict, pairs: Path | None, images: Sequence[Any] | None
+) -> dict[str, Any]:
     """What the paths lead to that training reads, as another file may come under a name."""
     contents: dict[str, Any] = {}
     if pairs is not None:
         metadata = read_metadata(pairs)
         names = ("seed", "count", "num_steps", "teacher_sha256")
         contents["pairs"] = {name: getattr(metadata, name) for name in names}
+    if images is not None:
+        contents["images"] = list(images)
     objective = config.objective
-    method = method_of(config) if objective.name != "dmd" else None
-    if method is not None and "images" in method.objective(config).needs:
-        contents["images"] = [config.data.images, len(images_of(config, method.teacher))]
     if objective.get("distance") == "lpips" and objective.get("regression_weight", 1):
         lpips = describe_auxiliary(path_of(config.lpips.weights), LPIPS)
         contents["lpips_sha256"] = lpips["params_sha256"]

@@ -89,14 +89,9 @@ def run_study(args: argparse.Namespace, plan: Plan) -> None:
     teacher = teacher_of(config)
     sample_shape = denoiser_of(teacher).sample_shape
     judges = evaluate.origins(*evaluate.open_judges(_parsed(arguments), sample_shape))
-    variants = plan.variants(judges["features"])
-    for variant in variants.values():
-        # What train refuses in hours, once the pairs are there.
-        method = method_of(variant.config)
-        if "images" in method.objective(variant.config).needs:
-            images_of(variant.config, method.teacher)
-        if method.judged:
-            lpips_of(variant.config)
+    variants = {
+        name: _prepared(variant) for name, variant in plan.variants(judges["features"]).items()
+    }
     study = Study(
         name=plan.command,
         config=config,
@@ -154,6 +149,22 @@ def run_study(args: argparse.Namespace, plan: Plan) -> None:
         raise UserError(f"--workdir {args.workdir} cannot be written: {error}") from error
     print(text)
     print(f"{plan.command}: {args.workdir / plan.stem}.md and {plan.stem}.png")
+
+
+def _prepared(variant: Variant) -> Variant:
+    """The variant with what it reads.
+
+    Raises:
+      UserError: what train would refuse in hours, once the pairs are there.
+    """
+    config = variant.config
+    method = method_of(config)
+    needs, images = method.objective(config).needs, None
+    if "images" in needs:
+        images = [config.data.images, len(images_of(config, method.teacher))]
+    if method.judged:
+        lpips_of(config)
+    return variant._replace(reads_pairs="pairs" in needs, images=images)
 
 
 def chosen_seeds(text: str) -> list[int]:

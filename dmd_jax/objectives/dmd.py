@@ -17,7 +17,7 @@ from dmd_jax.method.schedules import NoiseLevel
 from dmd_jax.method.types import Params
 from dmd_jax.objectives.data_rows import cond_of, fresh_cond, pair_needs
 from dmd_jax.objectives.denoising import fake_score_loss
-from dmd_jax.objectives.draws import Draws, draw
+from dmd_jax.objectives.draws import Draws, check_bins, draw
 from dmd_jax.objectives.matching import Networks, generator_loss, join_pairs
 from dmd_jax.objectives.objective import Batch, Keys, Need, Objective, Player, Seen, View, need
 from dmd_jax.objectives.optimizers import Optimizer
@@ -113,12 +113,7 @@ def dmd(
 
 
 def _check(settings: DMD, teacher: Teacher, lpips: Callable | None) -> None:
-    bins = teacher.schedule.num_levels
-    if not 0 <= settings.min_index <= settings.max_index < bins:
-        raise UserError(
-            f"min_index={settings.min_index} and max_index={settings.max_index}; expected "
-            f"0 <= min_index <= max_index < {bins}"
-        )
+    check_bins(settings.min_index, settings.max_index, teacher.schedule)
     if not settings.matching_weight and not settings.regression_weight:
         raise UserError(
             "matching_weight and regression_weight are 0; expected one of them to be more, as "

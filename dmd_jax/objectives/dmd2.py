@@ -18,13 +18,14 @@ from dmd_jax.method.types import Params
 from dmd_jax.models.heads import Head
 from dmd_jax.objectives.data_rows import cond_of, fresh_cond, image_needs
 from dmd_jax.objectives.denoising import fake_score_loss
-from dmd_jax.objectives.draws import Draws, draw
+from dmd_jax.objectives.draws import Draws, check_bins, draw
 from dmd_jax.objectives.matching import Networks, matching_loss
 from dmd_jax.objectives.objective import Batch, Keys, Need, Objective, Player, Seen, View, need
 from dmd_jax.objectives.optimizers import Optimizer
 from dmd_jax.objectives.pictures import one_by_one, shown
 from dmd_jax.options import option
-from dmd_jax.teachers.teacher import Frozen, Teacher
+from dmd_jax.teachers.family import abstract_tokens
+from dmd_jax.teachers.teacher import Frozen, Teacher, Tokens
 
 
 class SampleWeight(NamedTuple):
@@ -122,7 +123,8 @@ def dmd2(
         if teacher.features is None:
             return params
         # Whether or not this stage has a GAN, so that the state is the same in all of a run.
-        features = jax.eval_shape(functools.partial(_features_of_one, parts), frozen)
+        one = abstract_tokens(teacher, 1)
+        features = jax.eval_shape(functools.partial(_features_of_one, parts), frozen, one)
         head = Head().init(key, jnp.zeros(features.shape, features.dtype))
         return params | {"head": head["params"]}
 
@@ -153,11 +155,7 @@ def dmd2(
 
 def _check(parts: _Parts) -> None:
     settings, bins = parts.settings, parts.teacher.schedule.num_levels
-    if not 0 <= settings.min_index <= settings.max_index < bins:
-        raise UserError(
-            f"min_index={settings.min_index} and max_index={settings.max_index}; expected "
-            f"0 <= min_index <= max_index < {bins}"
-        )
+    check_bins(settings.min_index, settings.max_index, parts.teacher.schedule)
     if settings.gan_max_index >= bins:
         raise UserError(f"gan_max_index={settings.gan_max_index}; expected less than {bins}")
     if not settings.matching_weight and not settings.gan_weight:
@@ -255,10 +253,9 @@ def _logits(
     return Head().apply({"params": fake_score["head"]}, features)
 
 
-def _features_of_one(parts: _Parts, frozen: Frozen) -> jax.Array:
+def _features_of_one(parts: _Parts, frozen: Frozen, tokens: Tokens) -> jax.Array:
     """The features of one image, for their shape."""
     teacher = parts.teacher
-    tokens = {name: jnp.zeros((1, *one.shape), one.dtype) for name, one in teacher.tokens.items()}
     cond = teacher.null(frozen) if teacher.draw_tokens is None else teacher.encode(frozen, tokens)
     x_t = jnp.zeros((1, *teacher.sample_shape))
     return teacher.features(frozen["network"], x_t, teacher.schedule.generator_level(1), cond)

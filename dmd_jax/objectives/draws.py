@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dmd_jax.errors import UserError
 from dmd_jax.method.schedules import NoiseLevel, NoiseSchedule, edm_level
 
 
@@ -15,6 +16,15 @@ class Draws(NamedTuple):
 
     level: NoiseLevel  # arrays [B]
     noise: jax.Array  # [B, ...]
+
+
+def check_bins(min_index: int, max_index: int, schedule: NoiseSchedule) -> None:
+    """Raises a UserError unless `draw` can draw from these bins of the schedule."""
+    if not 0 <= min_index <= max_index < schedule.num_levels:
+        raise UserError(
+            f"min_index={min_index} and max_index={max_index}; expected "
+            f"0 <= min_index <= max_index < {schedule.num_levels}"
+        )
 
 
 def draw(

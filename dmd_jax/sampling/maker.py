@@ -55,21 +55,18 @@ class ImageMaker:
         teacher, defaults = pipeline.teacher, pipeline.family.defaults
         generator = pipeline.weights.generator
         sampler = sampler or generator_sampler_of(generator)
-        if "sigma_init" in generator and sampler in GENERATORS:
-            if sampler != "one-step":
-                sigma = generator["sigma_init"]
-                raise UserError(
-                    f"{sampler} with a generator that is held at sigma = {sigma:g}; "
-                    "expected one-step"
-                )
-            options = {"sigma": generator["sigma_init"]} | dict(options or {})
+        options = _generator_options(sampler, generator) | dict(options or {})
         if num_steps is None:
             num_steps = steps_of(sampler, generator, defaults["steps"])
-        make = x0_maker(teacher, sampler, num_steps=num_steps, guidance=guidance, **(options or {}))
+        make = x0_maker(teacher, sampler, num_steps=num_steps, guidance=guidance, **options)
         self.sample_shape = tuple(sample_shape or teacher.sample_shape)
         self._teacher = teacher
         self._devices = LocalDevices(batch_size or defaults["batch_size"], devices)
         self.batch_size = self._devices.batch_size
+        # Where the sampler adds noise: that of a batch is one draw, and the devices may have made
+        # the batch larger. None where images do not depend on their batch.
+        adds_noise = sampler == "few-step" or options.get("s_churn")
+        self.noise_batch_size = self.batch_size if adds_noise else None
         frozen = dict(pipeline.frozen)
         self._decoders = {"decoders": frozen.pop("decoders", {})}
         self._frozen = self._devices.replicate(frozen)
@@ -143,6 +140,22 @@ def steps_of(sampler: str, generator: Mapping[str, float], usual: int) -> int:
     return int(generator.get("num_steps", _FEW)) if sampler == "few-step" else usual
 
 
+def _generator_options(sampler: str, generator: Mapping[str, float]) -> dict[str, float]:
+    """What a sampler is told of a generator, by its Weights.generator.
+
+    Raises:
+      UserError: a generator at a level of its own, with several steps.
+    """
+    if "sigma_init" not in generator or sampler not in GENERATORS:
+        return {}
+    sigma = generator["sigma_init"]
+    if sampler != "one-step":
+        raise UserError(
+            f"{sampler} with a generator that is held at sigma = {sigma:g}; expected one-step"
+        )
+    return {"sigma": sigma}
+
+
 def x0_maker(
     teacher: Teacher, sampler: str, *, num_steps: int, guidance: float = 1.0, **options: float
 ) -> Callable[[Frozen, jax.Array, Tokens, jax.Array], jax.Array]:
@@ -165,7 +178,7 @@ def generator_maker(
 ) -> Callable[[Frozen, jax.Array, Tokens, jax.Array], jax.Array]:
     """`x0_maker` of a generator, by its Weights.generator."""
     sampler = generator_sampler_of(generator)
-    options = {"sigma": generator["sigma_init"]} if "sigma_init" in generator else {}
+    options = _generator_options(sampler, generator)
     return x0_maker(teacher, sampler, num_steps=steps_of(sampler, generator, 1), **options)
 
 

@@ -286,8 +286,8 @@ def _load_folder(folder: Path) -> Weights:
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
     description = config.get("description", str(folder))
     names = _class_names(config, network, folder / "config.json")
-    asked = _of_folder(config, folder)
-    return Weights(network, params, description, config.get("source"), names, asked)
+    generator = _of_folder(config, folder)
+    return Weights(network, params, description, config.get("source"), names, generator)
 
 
 def _read_leaves(folder: Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -336,8 +336,8 @@ def _load_workdir(folder: Path, player: str | None) -> Weights:
         of_classes = _read_json(folder / CLASSES_FILE, needs="class_names")
         names = _class_names(of_classes, network, folder / CLASSES_FILE)
     description = f"{folder} at step {step}, {name}"
-    asked = _of_run(content, folder)
-    return Weights(network, params, description, class_names=names, generator=asked)
+    generator = _of_run(content, folder)
+    return Weights(network, params, description, class_names=names, generator=generator)
 
 
 def _places(player: str) -> list[str]:
